@@ -1,0 +1,64 @@
+"""Knowledge distillation that hooks onto the detector or classifier you already have.
+
+    model = distillkit.wrap(student, teacher, distillers=[distillkit.LogitKD(temperature=4)], criterion=cross_entropy)
+    model(x, y).total.backward()
+
+Names are imported when they are first used, so that ``import distillkit`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "wrap": "distillkit.api",
+    "Teacher": "distillkit.core.teacher",
+    "EMATeacher": "distillkit.core.teacher",
+    "Weight": "distillkit.core.schedule",
+    "Distiller": "distillkit.core.distiller",
+    "Losses": "distillkit.core.result",
+    "ClassLogits": "distillkit.core.views",
+    "Features": "distillkit.core.views",
+    "DenseDetections": "distillkit.core.views",
+    "BoxTargets": "distillkit.core.views",
+    "Adapter": "distillkit.core.adapter",
+    "DistributionHead": "distillkit.adapters.distribution_head",
+    "LD": "distillkit.distillers.ld",
+    "LogitKD": "distillkit.distillers.logit_kd",
+    "FeatureImitation": "distillkit.distillers.feature_imitation",
+    "SelfLD": "distillkit.distillers.self_ld",
+    "Main": "distillkit.boxes.regions",
+    "Valuable": "distillkit.boxes.regions",
+    "MainAndValuable": "distillkit.boxes.regions",
+    "register_model": "distillkit.plugins",
+    "register_distiller": "distillkit.plugins",
+    "register_data": "distillkit.plugins",
+}
+__all__ = ["__version__", *_WHERE]
+
+if TYPE_CHECKING:
+    from distillkit.adapters.distribution_head import DistributionHead
+    from distillkit.api import wrap
+    from distillkit.boxes.regions import Main, MainAndValuable, Valuable
+    from distillkit.core.adapter import Adapter
+    from distillkit.core.distiller import Distiller
+    from distillkit.core.result import Losses
+    from distillkit.core.schedule import Weight
+    from distillkit.core.teacher import EMATeacher, Teacher
+    from distillkit.core.views import BoxTargets, ClassLogits, DenseDetections, Features
+    from distillkit.distillers.feature_imitation import FeatureImitation
+    from distillkit.distillers.ld import LD
+    from distillkit.distillers.logit_kd import LogitKD
+    from distillkit.distillers.self_ld import SelfLD
+    from distillkit.plugins import register_data, register_distiller, register_model
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'distillkit' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

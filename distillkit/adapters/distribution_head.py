@@ -1,0 +1,186 @@
+"""Any dense detector whose head predicts box edges as distributions: named by module paths, not rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillkit.boxes.anchors import grid_points, grid_strides
+from distillkit.boxes.distribution import decode, integral
+from distillkit.boxes.maps import Maps
+from distillkit.core.adapter import Adapter
+from distillkit.core.errors import AdapterError, ViewError
+from distillkit.core.taps import Place
+from distillkit.core.views import BoxTargets, DenseDetections, Features, View
+
+LOOKED_AT = 50  # predictions of one picture that the proof compares
+TOLERANCE = 0.1  # pixels
+LOW_PRECISION = 0.02  # of the largest distance, for a teacher in half precision
+
+
+class DistributionHead(Adapter):
+    """Where a dense detector's class logits and edge distributions are.
+
+    ``DistributionHead(classes="head.gfl_cls", edges="head.scales.*", strides=(8, 16, 32, 64, 128), bins=17)``
+
+    The detector is called as torchvision's are: ``model(images, targets)`` gives losses in train mode, ``model(images)`` gives
+    ``[{"boxes", "scores", "labels"}]`` in eval mode. At the first step the boxes it predicts are compared with those decoded
+    from what is tapped; where they differ (a wrong path, offset or number of bins) it is an AdapterError.
+
+    Args:
+        classes: path of the class logits, one shared by all levels or one a level, e.g. ``["conv_77[:80]", ...]``.
+        edges: path of the edge logits (before softmax, after any scale), likewise; E*K channels an anchor.
+        strides: pixels per cell of each level, in the order in which the paths fire.
+        bins: number of bins K (values 0..K-1 strides), or the bins' values in strides.
+        centre: where in its cell a point stands: 0 the corner, 0.5 the middle.
+        features: paths of the maps that ``Features`` means unless a distiller names others, e.g. the neck's outputs.
+        octave: side of the square anchor box, in strides, that assigners and regions use.
+    """
+
+    def __init__(
+        self,
+        classes: str | Sequence[str],
+        edges: str | Sequence[str],
+        strides: Sequence[int],
+        bins: int | Sequence[float],
+        centre: float = 0.0,
+        features: str | Sequence[str] | None = None,
+        octave: float = 8.0,
+    ):
+        super().__init__()
+        self.strides = tuple(strides)
+        self.classes = _place(classes, len(self.strides), "classes")
+        self.edges = _place(edges, len(self.strides), "edges")
+        self.bins = bins if isinstance(bins, int) else len(bins)
+        self.support = None if isinstance(bins, int) else torch.tensor(list(bins), dtype=torch.float32)
+        self.centre, self.octave = centre, octave
+        self.features = None if features is None else (features,) if isinstance(features, str) else tuple(features)
+
+    def places(self, model: nn.Module, kind: type[View], at: tuple[str, ...] | None) -> tuple[Place, ...]:
+        if kind is DenseDetections:
+            return (self.classes, self.edges)
+        if kind is Features and at is None and self.features:
+            return (Place(self.features),)
+        return super().places(model, kind, at)
+
+    def view(self, model: nn.Module, kind: type[View], tensors: list[Tensor], output: Any) -> View:
+        if kind is not DenseDetections:
+            return super().view(model, kind, tensors, output)
+        levels = len(self.strides)
+        if len(tensors) != 2 * levels:
+            raise ViewError(
+                f"{self.classes.paths} and {self.edges.paths} gave {len(tensors)} maps, expected one of each for the {levels} "
+                f"strides {self.strides}"
+            )
+        classes, edges = tensors[:levels], tensors[levels:]
+        channels = edges[0].shape[1]
+        if channels % (4 * self.bins):
+            raise ViewError(
+                f"{self.edges.paths[0]!r} has {channels} channels, which is not a multiple of 4 edges x {self.bins} bins; "
+                "bins= is the number of bins (reg_max + 1), or the path needs a channel range, as in 'conv[80:]'"
+            )
+        anchors = channels // (4 * self.bins)
+        if self.support is not None and self.support.device != edges[0].device:
+            self.support = self.support.to(edges[0].device)
+        return DenseDetections(
+            classes=Maps(tuple(classes), (classes[0].shape[1] // anchors,), anchors),
+            edges=Maps(tuple(edges), (4, self.bins), anchors),
+            strides=self.strides,
+            centre=self.centre,
+            support=self.support,
+            octave=self.octave,
+        )
+
+    def targets(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> BoxTargets | None:
+        """Ground truth from torchvision's form, a list of dict(boxes, labels)."""
+        rows = super().targets(args, kwargs, given)
+        if rows is None:
+            return None
+        if not isinstance(rows, Sequence) or not all(isinstance(row, Mapping) and {"boxes", "labels"} <= row.keys() for row in rows):
+            raise ViewError("targets: expected a list of dict(boxes (k, 4) x1 y1 x2 y2, labels (k,)), one a picture")
+        return BoxTargets([r["boxes"] for r in rows], [r["labels"] for r in rows], _sizes(_pictures(args, kwargs)))
+
+    def widths(self, model: nn.Module, kind: type[View], at: tuple[str, ...] | None) -> list[int] | None:
+        return super().widths(model, kind, self.features if at is None else at)
+
+    def needs_proof(self, kind: type[View]) -> bool:
+        return kind is DenseDetections
+
+    def proof(self, view: View, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        assert isinstance(view, DenseDetections) and view.edges is not None
+        predictions = _predictions(output)
+        sizes = _sizes(_pictures(args, kwargs))
+        low = view.edges.levels[0].dtype in (torch.float16, torch.bfloat16)
+        tolerance = TOLERANCE + (LOW_PRECISION * max(self.strides) * self.bins if low else 0.0)
+        boxes = _decoded(view, self.centre)
+        seen = 0
+        for i, (row, size) in enumerate(zip(predictions, sizes, strict=True)):
+            predicted = row[:LOOKED_AT].to(boxes)
+            if not len(predicted):
+                continue
+            seen += len(predicted)
+            error = _furthest_unexplained(predicted, boxes[i], size)
+            if error > tolerance:
+                raise AdapterError(self._disagreement(view, predicted, i, size, error))
+        return seen > 0
+
+    def _disagreement(self, view: DenseDetections, predicted: Tensor, image: int, size: tuple[int, int], error: float) -> str:
+        other = 0.5 if self.centre != 0.5 else 0.0
+        with_other = _furthest_unexplained(predicted, _decoded(view, other)[image], size)
+        hint = f" With centre={other} it would fit." if with_other < TOLERANCE else ""
+        return (
+            f"the tapped distributions do not explain the detector's own boxes: one of picture {image} is {error:.2f} pixels from "
+            f"every box decoded from {', '.join(self.edges.paths)} (strides {self.strides}, {self.bins} bins, centre {self.centre}).{hint} "
+            "Look for a scale between the tapped layer and the softmax (tap its output), the order of levels, and the picture's size"
+        )
+
+
+def _place(paths: str | Sequence[str], levels: int, what: str) -> Place:
+    """One path shared by all levels (it fires once a level), a ``*`` path, or one path a level."""
+    if isinstance(paths, str):
+        return Place((paths,), fires=1 if "*" in paths else levels)
+    if len(paths) != levels:
+        raise ViewError(f"{what}: {len(paths)} paths for {levels} strides; give one path a level, or one that all levels share")
+    return Place(tuple(paths))
+
+
+def _pictures(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _sizes(pictures: Any) -> list[tuple[int, int]]:
+    """(height, width) of every picture of a call."""
+    return [(p.shape[-2], p.shape[-1]) for p in pictures]
+
+
+def _predictions(output: Any) -> list[Tensor]:
+    """The predicted boxes of each picture, best first."""
+    if not isinstance(output, Sequence) or not all(isinstance(row, Mapping) and "boxes" in row for row in output):
+        raise AdapterError(
+            f"in eval mode the detector returns {type(output).__name__}; to prove the taps, expected [dict(boxes, scores, labels)], "
+            "one a picture, in pixels of the picture it was given"
+        )
+    return [row["boxes"] for row in output]
+
+
+def _decoded(view: DenseDetections, centre: float) -> Tensor:
+    """Every anchor's box: (B, N, 4) pixels."""
+    assert view.edges is not None
+    edges = view.edges.all().float()
+    points = grid_points(view.edges.sizes, view.strides, centre, edges.device)
+    strides = grid_strides(view.edges.sizes, view.strides, edges.device)
+    per_cell = edges.shape[1] // len(points)
+    points, strides = points.repeat_interleave(per_cell, 0), strides.repeat_interleave(per_cell, 0)
+    return decode(points, integral(edges, view.support) * strides[:, None])
+
+
+def _furthest_unexplained(predicted: Tensor, boxes: Tensor, size: tuple[int, int]) -> float:
+    """Of the predicted boxes (P, 4), the largest distance (largest of the four edges' differences) to the nearest decoded box."""
+    height, width = size
+    limit = boxes.new_tensor([width, height, width, height])
+    clipped = torch.minimum(boxes.clamp(min=0), limit)
+    predicted = torch.minimum(predicted.clamp(min=0), limit)
+    return torch.cdist(predicted, clipped, p=float("inf")).min(1).values.max().item()

@@ -1,0 +1,1 @@
+"""The wrapper core: taps, views, teachers, distillers. Knows no task and no model family."""

@@ -1,0 +1,118 @@
+"""Adapters: how one model family is run and where its views are. This one serves plain models; families subclass it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from distillkit.core.errors import ViewError
+from distillkit.core.taps import Place
+from distillkit.core.views import ClassLogits, Features, View
+
+Norm = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+class Adapter:
+    """A classifier, or any model whose features are read by module path.
+
+    Args:
+        mean, std: what the model's input is normalised with, where the loop normalises it (timm models know theirs).
+    """
+
+    def __init__(self, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None):
+        self.norm: Norm | None = (tuple(mean), tuple(std)) if mean is not None and std is not None else None
+
+    def normalisation(self, model: nn.Module) -> Norm | None:
+        """(mean, std) that the model's input is expected to be normalised with; None: unknown, or done inside."""
+        if self.norm:
+            return self.norm
+        cfg = getattr(model, "pretrained_cfg", None)
+        return (tuple(cfg["mean"]), tuple(cfg["std"])) if isinstance(cfg, Mapping) and "mean" in cfg else None
+
+    def places(self, model: nn.Module, kind: type[View], at: tuple[str, ...] | None) -> tuple[Place, ...]:
+        """Where a view is tapped; (): it is read from what the model returns.
+
+        Raises ViewError for a kind of view that this family does not have.
+        """
+        if kind is ClassLogits:
+            return (Place(at),) if at else ()
+        if kind is Features and at:
+            return (Place(at),)
+        if kind is Features:
+            raise ViewError(f"{type(model).__name__}: say where features are read, as in student_at='layer4'")
+        raise ViewError(
+            f"{type(self).__name__} finds no {kind.__name__} in {type(model).__name__}; pass adapter=, "
+            "e.g. distillkit.DistributionHead(...) for a dense detector"
+        )
+
+    def view(self, model: nn.Module, kind: type[View], tensors: list[Tensor], output: Any) -> View:
+        """The view, from the tapped tensors in the order of the places' paths, or from the model's output."""
+        if kind is Features:
+            return Features(tuple(tensors))
+        return ClassLogits(tensors[0] if tensors else _logits(output, type(model).__name__))
+
+    def losses(self, output: Any) -> dict[str, Tensor]:
+        """The task losses that the student computed by itself; {} where it computes none."""
+        if isinstance(output, Tensor):
+            return {"task": output} if output.dim() == 0 else {}
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if isinstance(loss, Tensor):
+            return {"task": loss}
+        if isinstance(output, Mapping):
+            return {k: v for k, v in output.items() if isinstance(v, Tensor) and v.dim() == 0}
+        return {}
+
+    def targets(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> Any:
+        """What the distillers get as targets.
+
+        Args:
+            args, kwargs: the student's call.
+            given: the targets of a student that takes none (they went to the criterion); else None.
+        """
+        if given is not None:
+            return given
+        return kwargs.get("targets", kwargs.get("labels", args[1] if len(args) > 1 else None))
+
+    def without_targets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The student's arguments as a teacher in eval mode takes them."""
+        return args[:1], {k: v for k, v in kwargs.items() if k not in ("targets", "labels")}
+
+    def widths(self, model: nn.Module, kind: type[View], at: tuple[str, ...] | None) -> list[int] | None:
+        """Channels of each map of a Features view, where they can be told without running the model."""
+        if kind is not Features or at is None:
+            return None
+        modules = dict(model.named_modules())
+        widths = [_width(modules[path]) for path in at if path in modules]
+        return [w for w in widths if w is not None] if len(widths) == len(at) and None not in widths else None
+
+    def proof(self, view: View, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Check that ``view`` explains the model's own prediction ``output`` for the same call; False: nothing was predicted.
+
+        Raises AdapterError where the two disagree. A plain model has nothing to prove.
+        """
+        return True
+
+    def needs_proof(self, kind: type[View]) -> bool:
+        return False
+
+
+def _logits(output: Any, model: str) -> Tensor:
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    elif not isinstance(output, Tensor):
+        output = getattr(output, "logits", output[0] if isinstance(output, tuple | list) else None)
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ViewError(f"{model}: expected class logits (B, C) in its output, got {shape}; name the layer, as in student_at='fc'")
+    return output
+
+
+def _width(module: nn.Module) -> int | None:
+    """Output channels of a module: those of the last layer in it that says so."""
+    for layer in reversed(list(module.modules())):
+        for attribute in ("out_channels", "num_features", "out_features"):
+            if isinstance(getattr(layer, attribute, None), int):
+                return getattr(layer, attribute)
+    return None

@@ -1,0 +1,47 @@
+"""The base of every distiller."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from distillkit.core.schedule import Weight, weight_of
+from distillkit.core.views import View
+
+
+class Distiller(nn.Module):
+    """One way for a student to learn from a teacher: reads a view of each and returns a loss.
+
+    Args:
+        weight: a number, or a schedule of the step (``core.schedule``): what the loss is multiplied by.
+        teacher: which teacher, where there are several; None: the only one.
+        name: the key of its loss in the result; the class's ``short_name`` unless given.
+
+    A subclass sets ``reads`` and writes ``forward(student, teacher, targets) -> scalar Tensor``, unweighted. It never
+    sees a model. A loss that has nothing to act on returns ``0 * something`` of the student's, never a plain number.
+    """
+
+    #: the kind of view it reads of student and teacher; a tuple: it gets a tuple of views of either, in that order
+    reads: type[View] | tuple[type[View], ...]
+    short_name: ClassVar[str]
+    #: module paths to read on either side; None: wherever the adapter says that view is
+    student_at: str | list[str] | None = None
+    teacher_at: str | list[str] | None = None
+
+    def __init__(self, weight: float | Weight = 1.0, teacher: str | None = None, name: str | None = None):
+        super().__init__()
+        self.weight = weight_of(weight)
+        self.teacher = teacher
+        self.name = name or self.short_name
+
+    def own_teacher(self) -> Any:
+        """The teacher that this distiller brings along: a ``Teacher`` or an ``EMATeacher`` (self-distillation), or None."""
+        return None
+
+    def prepare(self, student_widths: list[int] | None, teacher_widths: list[int] | None) -> None:
+        """Called once by ``wrap`` with the channel numbers of the tapped places, None where they cannot be known before
+        a first step. A distiller with projections makes them here, so that the optimizer sees them."""
+
+    def forward(self, student: Any, teacher: Any, targets: Any) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__}.forward(student, teacher, targets) is missing")

@@ -1,0 +1,216 @@
+"""Taps: read-only forward hooks on module paths.
+
+A path is a dotted module name with optional parts:
+``layer4``; ``head.scales.*`` (``*`` stands for one name, the modules in natural order); ``conv_77[80:]`` (channels of a
+map, dimension 1); ``head[1]`` (an element of a tuple or list), in any sequence, as in ``head[1][:80]``.
+``module.`` and ``_orig_mod.`` in names are ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from distillkit.core.errors import TapError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a view is read: module paths, and how often each module runs in one forward pass.
+
+    A head shared by L pyramid levels runs L times; one path per level runs once each.
+    """
+
+    paths: tuple[str, ...]
+    fires: int = 1
+
+
+class AllTapsFired(Exception):  # noqa: N818 - a signal, not an error
+    """Raised inside a teacher's forward as soon as everything that is read has been recorded."""
+
+
+class TappedHooks(OrderedDict[int, Callable[..., Any]]):
+    """A module's forward hooks while it is tapped. Its copies and pickles are the hooks without the tap."""
+
+    def __init__(self, hooks: OrderedDict[int, Callable[..., Any]]):
+        super().__init__((key, _Forwarded(hooks, key)) for key in hooks)
+        self.untapped = hooks
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OrderedDict[int, Callable[..., Any]]:
+        return deepcopy(OrderedDict(self.users()), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return OrderedDict, (self.users(),)
+
+    def users(self) -> list[tuple[int, Callable[..., Any]]]:
+        """The user's own hooks: those from before the module was tapped, and those added since."""
+        since = [(key, hook) for key, hook in self.items() if not isinstance(hook, _Hook | _Forwarded)]
+        return [*self.untapped.items(), *since]
+
+
+class _Forwarded:
+    """A hook that the user registered before the module was tapped, and may still remove by its handle."""
+
+    def __init__(self, hooks: OrderedDict[int, Callable[..., Any]], key: int):
+        self.hooks, self.key = hooks, key
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hook = self.hooks.get(self.key)
+        return None if hook is None else hook(*args, **kwargs)
+
+
+class _Hook:
+    def __init__(self, taps: Taps, name: str):
+        self.taps, self.name = taps, name
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.taps.take(self.name, output)
+
+
+class Taps:
+    """All taps on one model.
+
+    Args:
+        model: the model; never changed but for the hooks, which ``remove`` takes away.
+        places: what is read.
+        role: "student" or the teacher's name, for messages.
+
+    Raises:
+        TapError: a path that names no module (the nearest existing names are listed), or two places that expect the same
+            module to run a different number of times.
+    """
+
+    def __init__(self, model: nn.Module, places: Iterable[Place], role: str):
+        self.model, self.role = model, role
+        self.recording = False
+        self.exit_early = False
+        self.caught: dict[str, list[Any]] = {}
+        self.left = 0
+        self.expected: dict[str, int] = {}
+        self._modules: dict[str, nn.Module] = {}
+        names = {_plain(name): module for name, module in model.named_modules()}
+        for place in places:
+            for path in place.paths:
+                for name in _resolve(path, names, role):
+                    if self.expected.setdefault(name, place.fires) != place.fires:
+                        raise TapError(
+                            f"{role}: two views expect {name!r} to run {self.expected[name]} and {place.fires} times in one forward"
+                        )
+                    self._modules[name] = names[name]
+        self.total = sum(self.expected.values())
+        for name, module in self._modules.items():
+            hooks = module._forward_hooks
+            if not isinstance(hooks, TappedHooks):
+                hooks = module._forward_hooks = TappedHooks(hooks)
+            hooks[id(self)] = _Hook(self, name)
+
+    def start(self, exit_early: bool = False) -> None:
+        """Record from now on; with ``exit_early`` raise ``AllTapsFired`` once every tap has fired as often as declared."""
+        self.caught = {name: [] for name in self.expected}
+        self.left, self.exit_early, self.recording = self.total, exit_early, True
+
+    def take(self, name: str, output: Any) -> None:
+        if not self.recording:
+            return
+        self.caught[name].append(output)
+        self.left -= 1
+        if self.exit_early and self.left == 0:
+            raise AllTapsFired
+
+    def stop(self) -> dict[str, list[Any]]:
+        """Stop recording and hand over what was caught; nothing stays behind."""
+        caught, self.caught, self.recording = self.caught, {}, False
+        return caught
+
+    def read(self, caught: dict[str, list[Any]], place: Place) -> list[Tensor]:
+        """The tensors of a place: paths in their order, modules of a ``*`` in natural order, firings in theirs."""
+        tensors = []
+        for path in place.paths:
+            pick = _picker(path, self.role)
+            for name in _resolve(path, self._modules, self.role):
+                fired = caught[name]
+                if len(fired) != place.fires:
+                    raise TapError(_miscount(self.role, name, len(fired), place.fires))
+                tensors += [pick(output, name) for output in fired]
+        return tensors
+
+    def remove(self) -> None:
+        for module in self._modules.values():
+            hooks = module._forward_hooks
+            if not isinstance(hooks, TappedHooks):
+                continue
+            hooks.pop(id(self), None)
+            if not any(isinstance(hook, _Hook) for hook in hooks.values()):
+                hooks.untapped.update(hooks.users())  # the dict that the handles of the user's hooks know
+                module._forward_hooks = hooks.untapped
+        self._modules = {}
+
+
+def _miscount(role: str, name: str, fired: int, declared: int) -> str:
+    if fired == 0:
+        return (
+            f"{role}: the tap on {name!r} never fired: this module does not run in the {role}'s forward in train mode "
+            "(or runs through a method other than forward); tap a module that does"
+        )
+    return (
+        f"{role}: the tap on {name!r} fired {fired} times in one forward, declared {declared}; "
+        "declare how often it runs (a head shared by several levels runs once per level)"
+    )
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
+def _module_part(path: str) -> str:
+    return _plain(path.split("[", 1)[0])
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _resolve(path: str, names: dict[str, nn.Module], role: str) -> list[str]:
+    wanted = _module_part(path)
+    if "*" not in wanted:
+        found = [wanted] if wanted in names else []
+    else:
+        pattern = re.compile(re.escape(wanted).replace(r"\*", "[^.]+"))
+        found = sorted((name for name in names if pattern.fullmatch(name)), key=_natural)
+    if not found:
+        near = difflib.get_close_matches(wanted.replace("*", "0"), names, n=5, cutoff=0.3)
+        raise TapError(
+            f"{role}: no module is called {wanted!r}; nearest: {', '.join(map(repr, near)) or 'none'}. "
+            "model.named_modules() lists them all"
+        )
+    return found
+
+
+def _picker(path: str, role: str) -> Callable[[Any, str], Tensor]:
+    """What the brackets of a path ask for, as a function of a module's output."""
+    steps = re.findall(r"\[([^\]]*)\]", path)
+    for step in steps:
+        if not re.fullmatch(r"-?\d+|(-?\d*):(-?\d*)", step):
+            raise TapError(f"{role}: {path!r}: expected [index] or [first:last], got [{step}]")
+
+    def pick(output: Any, name: str) -> Tensor:
+        for step in steps:
+            if ":" in step:
+                first, last = (int(end) if end else None for end in step.split(":"))
+                output = output[:, first:last]
+            else:
+                output = output[int(step)]
+        if not isinstance(output, Tensor):
+            raise TapError(
+                f"{role}: {name!r} returns a {type(output).__name__}, not a tensor; say which part is meant, as in {path}[0]"
+            )
+        return output
+
+    return pick

@@ -1,0 +1,143 @@
+"""Teachers: frozen models that are run without gradient, outside the module tree of what is trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillkit.core.adapter import Adapter, Norm
+from distillkit.core.errors import TeacherModeError, WrapError
+
+Feed = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+class Teacher:
+    """A frozen teacher: eval, no gradient, never in ``parameters()`` or ``state_dict()`` of the wrapped model.
+
+    Args:
+        model: the trained model. It is put in eval; with ``dtype`` or ``fold_bn`` a changed copy is used instead.
+        adapter: how it is run and where its views are; found from the model's class unless given.
+        dtype: its own precision, e.g. ``torch.bfloat16``; None: its weights as they are, under the loop's autocast.
+        fold_bn: fold every BatchNorm into the convolution before it (checked against the unfolded model at the first step).
+        mean, std: what its input is normalised with, where it is not known from the model (timm models know theirs). If the
+            student's differ, the batch is re-normalised for the teacher.
+        feed: what it is fed, a function of the student's call ``(args, kwargs) -> (args, kwargs)``; the same batch unless given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Adapter | None = None,
+        dtype: torch.dtype | None = None,
+        fold_bn: bool = False,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        feed: Feed | None = None,
+    ):
+        self.original = model if fold_bn else None
+        self.model = model.eval()
+        self.adapter = adapter
+        self.dtype = dtype
+        self.norm: Norm | None = (tuple(mean), tuple(std)) if mean is not None and std is not None else None
+        self.feed = feed
+        if dtype is not None or fold_bn:
+            self.model = copy.deepcopy(model).eval()
+        if fold_bn:
+            fold_batchnorm(self.model)
+        if dtype is not None:
+            self.model.to(dtype)
+        self._modules = list(self.model.modules())
+
+    def check_mode(self) -> None:
+        """Raises TeacherModeError if any module of the teacher is in train mode."""
+        for module in self._modules:
+            if module.training:
+                raise TeacherModeError(
+                    f"a frozen teacher is in train mode ({type(module).__name__}): its BatchNorm would drift and its dropout "
+                    "would add noise. Do not call .train() on the teacher; wrap() has put it in eval"
+                )
+
+    def cast(self, value: Any) -> Any:
+        """Floating tensors of a call, also inside lists and dicts, in the teacher's dtype."""
+        if self.dtype is None:
+            return value
+        if isinstance(value, Tensor):
+            return value.to(self.dtype) if value.is_floating_point() else value
+        if isinstance(value, list | tuple):
+            return type(value)(self.cast(v) for v in value)
+        if isinstance(value, dict):
+            return {k: self.cast(v) for k, v in value.items()}
+        return value
+
+
+class EMATeacher:
+    """A teacher that is a running average of the student: ``average = decay * average + (1 - decay) * student``, every step.
+
+    It is saved in the training checkpoint and never in the student's. BatchNorm statistics are taken over as they are.
+    """
+
+    def __init__(self, decay: float):
+        if not 0 <= decay < 1:
+            raise WrapError(f"decay of an EMA teacher must be in [0, 1), got {decay}")
+        self.decay = decay
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, student: nn.Module, decay: float) -> None:
+    """One step of the running average, in place; buffers are copied."""
+    mine, theirs = list(average.parameters()), list(student.parameters())
+    torch._foreach_lerp_(mine, theirs, 1 - decay)
+    for a, b in zip(average.buffers(), student.buffers(), strict=True):
+        a.copy_(b)
+
+
+@torch.no_grad()
+def fold_batchnorm(model: nn.Module) -> None:
+    """Fold each BatchNorm2d into the Conv2d registered just before it in the same module, in place.
+
+    The convolution's weight becomes ``w * g / sqrt(var + eps)``, its bias ``b' + (b - mean) * g / sqrt(var + eps)``; of timm's
+    BatchNorm with activation the activation stays.
+
+    Raises:
+        WrapError: no such pair in the model.
+    """
+    pairs = 0
+    for parent in list(model.modules()):
+        children = list(parent.named_children())
+        for (_, conv), (name, norm) in zip(children, children[1:], strict=False):
+            if not (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)):
+                continue
+            if norm.num_features != conv.out_channels or norm.running_var is None or norm.running_mean is None:
+                continue
+            scale = torch.rsqrt(norm.running_var + norm.eps)
+            scale = scale if norm.weight is None else scale * norm.weight
+            shift = -norm.running_mean * scale + (0 if norm.bias is None else norm.bias)
+            bias = torch.zeros_like(shift) if conv.bias is None else conv.bias
+            conv.weight = nn.Parameter(conv.weight * scale.view(-1, 1, 1, 1), requires_grad=False)
+            conv.bias = nn.Parameter(bias * scale + shift, requires_grad=False)
+            # timm's BatchNormAct2d: drop and act come after the normalisation
+            rest = [layer for layer in (getattr(norm, "drop", None), getattr(norm, "act", None)) if layer is not None]
+            setattr(parent, name, nn.Sequential(*rest) if rest else nn.Identity())
+            pairs += 1
+    if not pairs:
+        raise WrapError(f"fold_bn: {type(model).__name__} has no BatchNorm2d right after a Conv2d of the same width")
+
+
+class Renormalise:
+    """Pictures normalised with ``given`` (mean, std), as they would be with ``wanted``: tensor (B, C, H, W) or list of (C, H, W)."""
+
+    def __init__(self, given: Norm, wanted: Norm):
+        (m0, s0), (m1, s1) = given, wanted
+        self.scale = torch.tensor([a / b for a, b in zip(s0, s1, strict=True)]).view(-1, 1, 1)
+        self.shift = torch.tensor([(a - b) / s for a, b, s in zip(m0, m1, s1, strict=True)]).view(-1, 1, 1)
+
+    def __call__(self, pictures: Any) -> Any:
+        if isinstance(pictures, list | tuple):
+            return type(pictures)(self(p) for p in pictures)
+        if self.scale.device != pictures.device:  # once, not a copy to the device in every step
+            self.scale, self.shift = self.scale.to(pictures.device), self.shift.to(pictures.device)
+        return pictures * self.scale + self.shift

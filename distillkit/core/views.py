@@ -1,0 +1,179 @@
+"""Views: the typed, named tensors a distiller reads. A distiller sees views only, never a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from distillkit.boxes.distribution import shift_bins
+from distillkit.boxes.maps import Maps, Where
+
+
+class View:
+    """Base of all views. A view lives for one step; nothing keeps it."""
+
+    def match(self, student: Self) -> Self:
+        """This teacher view, expressed so that it can be compared with ``student`` entry by entry.
+
+        Raises ValueError, naming the knob that resolves it, where the two cannot be matched.
+        """
+        return self
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The model's own tensors in this view (used to check that a loss can reach the student)."""
+        raise NotImplementedError(f"{type(self).__name__}.tensors() is missing: list the view's tensors")
+
+
+@dataclass(frozen=True)
+class ClassLogits(View):
+    """logits: (B, C), before softmax or sigmoid."""
+
+    logits: Tensor
+
+    def match(self, student: ClassLogits) -> ClassLogits:
+        if self.logits.shape != student.logits.shape:
+            raise ValueError(
+                f"class logits differ: teacher {tuple(self.logits.shape)}, student {tuple(student.logits.shape)}; "
+                "teacher and student need the same classes in the same order"
+            )
+        return self
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.logits,)
+
+
+@dataclass(frozen=True)
+class Features(View):
+    """maps: one or several feature maps (B, C, H, W), or token sequences (B, N, C). strides: of each map, where known."""
+
+    maps: tuple[Tensor, ...]
+    strides: tuple[float, ...] | None = None
+
+    def match(self, student: Features) -> Features:
+        if len(self.maps) != len(student.maps):
+            raise ValueError(
+                f"teacher gives {len(self.maps)} feature maps, student {len(student.maps)}; name the same number of paths on both sides"
+            )
+        return self
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.maps
+
+
+@dataclass(frozen=True)
+class DenseDetections(View):
+    """What a dense detector says of every anchor, kept per level as the head made it.
+
+    Args:
+        classes: logits, ``shape == (C,)``.
+        edges: logits of the E edges' distributions of K bins, ``shape == (E, K)``; None for heads without distributions.
+        strides: pixels per cell of each level.
+        centre: where in its cell an anchor's point stands, in cells: 0 = the corner (GFL), 0.5 = the middle (FCOS, YOLO).
+        support: (K,) the value of each bin in strides; 0..K-1 unless given.
+        octave: side of the square anchor box in strides (8 in GFL and ATSS); used by assigners and regions.
+        anchors: (N, 4) x1, y1, x2, y2 pixels of one picture's anchors, in the order level, y, x, anchor, for heads whose
+            anchors are not one square a cell (RetinaNet); None: squares of side ``octave`` around the points.
+        scores: class probabilities, same layout as ``classes``, where they are not ``sigmoid(classes)`` (GFLv2).
+        names: level names for messages.
+    """
+
+    classes: Maps
+    edges: Maps | None
+    strides: tuple[int, ...]
+    centre: float = 0.0
+    support: Tensor | None = None
+    octave: float = 8.0
+    anchors: Tensor | None = None
+    scores: Maps | None = None
+
+    @property
+    def bins(self) -> Tensor:
+        """(K,) bin values in strides."""
+        assert self.edges is not None
+        return self.support if self.support is not None else torch.arange(
+            self.edges.shape[-1], device=self.edges.levels[0].device, dtype=torch.float32
+        )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.classes.levels + (self.edges.levels if self.edges else ())
+
+    def match(self, student: DenseDetections) -> DenseDetections:
+        """The teacher's levels that the student has, its distributions seen from the student's points.
+
+        Where the points of the two stand at different places of a cell, left and top distances grow by the difference and
+        right and bottom ones shrink; each distribution is resampled by that part of a bin when it is gathered.
+        """
+        keep = []
+        for stride in student.strides:
+            if stride not in self.strides:
+                raise ValueError(
+                    f"the student's level of stride {stride} has no partner among the teacher's strides {self.strides}; "
+                    "leave the level out of the student's adapter (strides=, classes=, edges=)"
+                )
+            keep.append(self.strides.index(stride))
+        classes, edges = _levels(self.classes, keep), self.edges and _levels(self.edges, keep)
+        if classes.sizes != student.classes.sizes:
+            raise ValueError(
+                f"the level maps differ: teacher {classes.sizes}, student {student.classes.sizes} (height, width); "
+                "feed both the same picture size"
+            )
+        offset = student.centre - self.centre
+        if offset and edges:
+            if edges.shape[0] != 4:
+                raise ValueError(f"points stand at {self.centre} and {student.centre} of a cell, and only 4 edges can be moved, not {edges.shape[0]}")
+            edges = ShiftedEdges(edges.levels, edges.shape, edges.anchors, support=self.support, offset=offset)
+        return replace(
+            self,
+            classes=classes,
+            edges=edges,
+            strides=student.strides,
+            centre=student.centre,
+            scores=self.scores and _levels(self.scores, keep),
+        )
+
+
+@dataclass(frozen=True)
+class ShiftedEdges(Maps):
+    """Edge distributions as a point ``offset`` cells further right and down would see them; moved after gathering."""
+
+    support: Tensor | None = None
+    offset: float = 0.0
+
+    def at(self, where: Where) -> Tensor:
+        return self._moved(super().at(where))
+
+    def all(self) -> Tensor:
+        return self._moved(super().all())
+
+    def _moved(self, logits: Tensor) -> Tensor:
+        left_top, right_bottom = logits.split(2, -2)
+        parts = (shift_bins(left_top, self.support, self.offset), shift_bins(right_bottom, self.support, -self.offset))
+        return torch.cat(parts, -2)
+
+
+def _levels(maps: Maps, keep: list[int]) -> Maps:
+    return Maps(tuple(maps.levels[i] for i in keep), maps.shape, maps.anchors)
+
+
+@dataclass
+class BoxTargets:
+    """Ground truth of a batch of pictures, in pixels of the network's input.
+
+    Args:
+        boxes: per image (k, 4) x1, y1, x2, y2.
+        labels: per image (k,) int64, 0..C-1.
+        sizes: per image (height, width) before padding to the batch's size: anchors outside it take no part.
+        memo: what several distillers need of the same step (anchors, the assignment), computed once.
+    """
+
+    boxes: list[Tensor]
+    labels: list[Tensor]
+    sizes: list[tuple[int, int]]
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        return len(self.boxes)
