@@ -46,6 +46,8 @@ def wrap(
         raise WrapError(f"student: expected a torch.nn.Module, got {type(student).__name__}")
     named = dict(teacher) if isinstance(teacher, Mapping) else {} if teacher is None else {"teacher": teacher}
     for distiller in distillers:
+        if not isinstance(distiller, Distiller):
+            raise WrapError(f"distillers: expected Distiller objects, got {type(distiller).__name__}")
         own = distiller.own_teacher()
         if own is not None:
             distiller.teacher = distiller.teacher or distiller.name

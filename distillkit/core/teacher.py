@@ -22,7 +22,7 @@ class Teacher:
         model: the trained model. It is put in eval; with ``dtype`` or ``fold_bn`` a changed copy is used instead.
         adapter: how it is run and where its views are; found from the model's class unless given.
         dtype: its own precision, e.g. ``torch.bfloat16``; None: its weights as they are, under the loop's autocast.
-        fold_bn: fold every BatchNorm into the convolution before it (checked against the unfolded model at the first step).
+        fold_bn: fold every BatchNorm into the convolution before it (that the two do run one after the other is checked at the first step).
         mean, std: what its input is normalised with, where it is not known from the model (timm models know theirs). If the
             student's differ, the batch is re-normalised for the teacher.
         feed: what it is fed, a function of the student's call ``(args, kwargs) -> (args, kwargs)``; the same batch unless given.
@@ -46,8 +46,7 @@ class Teacher:
         self.feed = feed
         if dtype is not None or fold_bn:
             self.model = copy.deepcopy(model).eval()
-        if fold_bn:
-            fold_batchnorm(self.model)
+        self._folded = fold_batchnorm(self.model) if fold_bn else []
         if dtype is not None:
             self.model.to(dtype)
         self._modules = list(self.model.modules())
@@ -60,6 +59,36 @@ class Teacher:
                     f"a frozen teacher is in train mode ({type(module).__name__}): its BatchNorm would drift and its dropout "
                     "would add noise. Do not call .train() on the teacher; wrap() has put it in eval"
                 )
+
+    @torch.no_grad()
+    def prove_folding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Once, on the unfolded model: every folded BatchNorm reads exactly what its convolution returned.
+
+        Raises:
+            WrapError: names the first pair that does not.
+        """
+        if self.original is None:
+            return
+        original, self.original = self.original, None
+        returned: dict[str, Tensor] = {}
+        unfit: list[str] = []
+        hooks = []
+        for conv, norm in self._folded:
+            hooks.append(original.get_submodule(conv).register_forward_hook(lambda m, a, out, c=conv: returned.update({c: out})))
+
+            def check(module: nn.Module, inputs: Any, c: str = conv, n: str = norm) -> None:
+                if returned.pop(c, None) is not inputs[0]:
+                    unfit.append(f"{n!r} does not read what {c!r} returns")
+
+            hooks.append(original.get_submodule(norm).register_forward_pre_hook(check))
+        try:
+            original(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        unfit += [f"{norm!r} did not run after {conv!r}" for conv, norm in self._folded if conv in returned]
+        if unfit:
+            raise WrapError(f"fold_bn: {unfit[0]}, though it is registered right after it; use fold_bn=False for this teacher")
 
     def cast(self, value: Any) -> Any:
         """Floating tensors of a call, also inside lists and dicts, in the teacher's dtype."""
@@ -96,19 +125,25 @@ def update_average(average: nn.Module, student: nn.Module, decay: float) -> None
 
 
 @torch.no_grad()
-def fold_batchnorm(model: nn.Module) -> None:
-    """Fold each BatchNorm2d into the Conv2d registered just before it in the same module, in place.
+def fold_batchnorm(model: nn.Module) -> list[tuple[str, str]]:
+    """Fold each BatchNorm2d into the Conv2d registered just before it in the same module (or at the end of a Sequential there), in place.
 
     The convolution's weight becomes ``w * g / sqrt(var + eps)``, its bias ``b' + (b - mean) * g / sqrt(var + eps)``; of timm's
     BatchNorm with activation the activation stays.
 
+    Returns:
+        The names of each pair.
+
     Raises:
         WrapError: no such pair in the model.
     """
-    pairs = 0
-    for parent in list(model.modules()):
+    pairs = []
+    for path, parent in list(model.named_modules()):
+        prefix = f"{path}." if path else ""
         children = list(parent.named_children())
-        for (_, conv), (name, norm) in zip(children, children[1:], strict=False):
+        for (before, conv), (name, norm) in zip(children, children[1:], strict=False):
+            while isinstance(conv, nn.Sequential) and len(conv):  # a deep stem: its last convolution
+                before, conv = f"{before}.{len(conv) - 1}", conv[-1]
             if not (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)):
                 continue
             if norm.num_features != conv.out_channels or norm.running_var is None or norm.running_mean is None:
@@ -121,10 +156,11 @@ def fold_batchnorm(model: nn.Module) -> None:
             conv.bias = nn.Parameter(bias * scale + shift, requires_grad=False)
             # timm's BatchNormAct2d: drop and act come after the normalisation
             rest = [layer for layer in (getattr(norm, "drop", None), getattr(norm, "act", None)) if layer is not None]
-            setattr(parent, name, nn.Sequential(*rest) if rest else nn.Identity())
-            pairs += 1
+            setattr(parent, name, (nn.Sequential(*rest) if rest else nn.Identity()).eval())
+            pairs.append((prefix + before, prefix + name))
     if not pairs:
         raise WrapError(f"fold_bn: {type(model).__name__} has no BatchNorm2d right after a Conv2d of the same width")
+    return pairs
 
 
 class Renormalise:

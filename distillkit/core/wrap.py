@@ -180,8 +180,11 @@ class DistilledModel(nn.Module):
         targets = self._adapter.targets(args, kwargs, targets)
         taught = {name: self._run_teacher(name, side, args, kwargs) for name, side in self._teacher_sides.items()}
         losses.update(self._distill(views, taught, targets, _device_of(views)))
+        if not losses:
+            raise WrapError("there is no loss: the student computes none by itself; pass criterion= or distillers= to wrap()")
         self._flag(losses)
-        self.step += 1
+        # a new tensor, not an update in place: compiled backward passes recompute weights from the tensor they were given
+        self.step = self.step + 1
         if eager:
             self._calls += 1
             if self._calls % CHECK_EVERY == 0:
@@ -205,19 +208,25 @@ class DistilledModel(nn.Module):
         return dict(loss) if isinstance(loss, Mapping) else {"task": loss}
 
     def _run_teacher(self, name: str, side: Side, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Reading, View]:
-        args, kwargs = side.adapter.without_targets(args, kwargs)
+        args, kwargs = side.adapter.without_targets(*self._fed(name, args, kwargs))
         teacher = self._frozen.get(name)
-        own_precision: Any = nullcontext()
-        if teacher is not None:
-            if name in self._renormalise:
-                args = (self._renormalise[name](args[0]), *args[1:])
-            if teacher.feed is not None:
-                args, kwargs = teacher.feed(args, kwargs)
-            args, kwargs = teacher.cast(args), teacher.cast(kwargs)
-            if teacher.dtype is not None:
-                own_precision = torch.autocast(self.step.device.type, enabled=False)
-        with torch.no_grad(), own_precision:
+        own_precision = teacher is not None and teacher.dtype is not None
+        no_autocast = torch.autocast(self.step.device.type, enabled=False) if own_precision else nullcontext()
+        with torch.no_grad(), no_autocast:
             return side.run(args, kwargs, exit_early=side.exits_early)[1]
+
+    def _fed(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], cast: bool = True
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The student's call as a teacher gets it: re-normalised, cropped, in its dtype, as it asks for."""
+        teacher = self._frozen.get(name)
+        if teacher is None:
+            return args, kwargs
+        if name in self._renormalise:
+            args = (self._renormalise[name](args[0]), *args[1:])
+        if teacher.feed is not None:
+            args, kwargs = teacher.feed(args, kwargs)
+        return (teacher.cast(args), teacher.cast(kwargs)) if cast else (args, kwargs)
 
     def _distill(
         self, views: dict[Reading, View], taught: dict[str, dict[Reading, View]], targets: Any, device: torch.device
@@ -256,27 +265,27 @@ class DistilledModel(nn.Module):
     def _prove_sides(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """At the first steps (1, 2, 4, 8, ...) until every model has predicted something its adapter could be held against."""
         sides = [self._student_side, *self._teacher_sides.values()]
+        if not self._calls:
+            for name, teacher in self._frozen.items():
+                teacher.prove_folding(*self._teacher_sides[name].adapter.without_targets(*self._fed(name, args, kwargs, cast=False)))
         call = self._calls + 1
         if call & (call - 1) or not any(side.unproven for side in sides):
             return
         for side in sides:
-            if not side.unproven:
-                continue
-            teacher = self._frozen.get(side.role)
-            fed = (args, kwargs) if teacher is None else (teacher.cast(args), teacher.cast(kwargs))
-            try:
-                side.prove(*fed)
-            except AdapterError as error:
-                raise AdapterError(f"{side.role}: {error}") from None
+            if side.unproven:
+                try:
+                    side.prove(*self._fed(side.role, args, kwargs))
+                except AdapterError as error:
+                    raise AdapterError(f"{side.role}: {error}") from None
 
     def _flag(self, losses: dict[str, Tensor]) -> None:
         """Remember on the device at which step each loss was first not finite."""
         values = torch.stack([loss.detach().float() for loss in losses.values()])
-        if not self._first_bad or self._first_bad[0].numel() != len(losses) or self._first_bad[0].device != values.device:
+        if not self._first_bad or self._loss_names != tuple(losses):
             self._loss_names = tuple(losses)
             self._first_bad = [torch.full((len(losses),), -1, dtype=torch.int64, device=values.device)]
         first = self._first_bad[0]
-        first.copy_(torch.where((first < 0) & ~values.isfinite(), self.step, first))
+        self._first_bad = [torch.where((first < 0) & ~values.isfinite(), self.step, first)]
 
     def check_finite(self) -> None:
         """Read the device's flags (one host sync). Called by itself every 50 eager steps; a compiled loop calls it where it
@@ -288,7 +297,7 @@ class DistilledModel(nn.Module):
         if not self._first_bad:
             return
         first = self._first_bad[0].tolist()
-        self._first_bad[0].fill_(-1)
+        self._first_bad = []
         bad = [f"{name!r} since step {step}" for name, step in zip(self._loss_names, first, strict=True) if step >= 0]
         if bad:
             raise NonFiniteLossError(
@@ -341,8 +350,6 @@ def _refuse(student: nn.Module) -> None:
 def _by_name(distillers: Sequence[Distiller]) -> dict[str, Distiller]:
     named: dict[str, Distiller] = {}
     for distiller in distillers:
-        if not isinstance(distiller, Distiller):
-            raise WrapError(f"distillers: expected Distiller objects, got {type(distiller).__name__}")
         if distiller.name in named or distiller.name == OUTPUT:
             raise WrapError(f"two losses would be called {distiller.name!r}: give one another name, as in name='second'")
         named[distiller.name] = distiller
