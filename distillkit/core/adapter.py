@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from distillkit.core.errors import ViewError
-from distillkit.core.taps import Place
+from distillkit.core.taps import Place, module_name
 from distillkit.core.views import ClassLogits, Features, View
 
 Norm = tuple[tuple[float, ...], tuple[float, ...]]
@@ -84,8 +84,9 @@ class Adapter:
         if kind is not Features or at is None:
             return None
         modules = dict(model.named_modules())
-        widths = [_width(modules[path]) for path in at if path in modules]
-        return [w for w in widths if w is not None] if len(widths) == len(at) and None not in widths else None
+        widths = [_width(modules[name]) if (name := module_name(path)) in modules else None for path in at]
+        known = [w for w in widths if w is not None]
+        return known if len(known) == len(at) else None
 
     def proof(self, view: View, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Check that ``view`` explains the model's own prediction ``output`` for the same call; False: nothing was predicted.

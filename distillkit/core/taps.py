@@ -169,7 +169,8 @@ def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
-def _module_part(path: str) -> str:
+def module_name(path: str) -> str:
+    """A path less its brackets."""
     return _plain(path.split("[", 1)[0])
 
 
@@ -178,7 +179,7 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
 
 
 def _resolve(path: str, names: dict[str, nn.Module], role: str) -> list[str]:
-    wanted = _module_part(path)
+    wanted = module_name(path)
     if "*" not in wanted:
         found = [wanted] if wanted in names else []
     else:

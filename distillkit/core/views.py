@@ -22,6 +22,10 @@ class View:
         """
         return self
 
+    def unmatched(self, student: Self) -> list[str]:
+        """What of this teacher view has no partner in the student's, in words; said once, at the first step."""
+        return []
+
     def tensors(self) -> tuple[Tensor, ...]:
         """The model's own tensors in this view (used to check that a loss can reach the student)."""
         raise NotImplementedError(f"{type(self).__name__}.tensors() is missing: list the view's tensors")
@@ -99,6 +103,16 @@ class DenseDetections(View):
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.classes.levels + (self.edges.levels if self.edges else ())
+
+    def unmatched(self, student: DenseDetections) -> list[str]:
+        left = [stride for stride in self.strides if stride not in student.strides]
+        notes = [f"level of stride {stride} is left out: the student has none" for stride in left]
+        if self.centre != student.centre and self.edges:
+            notes.append(
+                f"points stand at {self.centre} of a cell, the student's at {student.centre}: its distributions are moved by "
+                f"{abs(self.centre - student.centre):g} strides"
+            )
+        return notes
 
     def match(self, student: DenseDetections) -> DenseDetections:
         """The teacher's levels that the student has, its distributions seen from the student's points.

@@ -250,6 +250,9 @@ class DistilledModel(nn.Module):
         return losses
 
     def _matched(self, name: str, teacher: View, student: View) -> View:
+        if not self._checked and not torch.compiler.is_compiling():
+            for note in teacher.unmatched(student):
+                log.info("%s: the teacher's %s", name, note)
         try:
             return teacher.match(student)
         except ValueError as error:

@@ -1,0 +1,185 @@
+"""What the localization distillation loss and its region cost, as ratios to the forms they are usually written in.
+
+    python benchmarks/kernels.py
+
+Two pictures of 800 x 1333 through a pyramid of strides 8 to 128: 44,600 anchors of 4 edges of 17 bins, 5 % of them in
+the region. Process CPU time on one thread, all forms in turn in one process: what else the machine does falls on all
+alike. The usual form runs twice, and the ratio of the two runs ("again") says how far ratios can be trusted.
+Prints a Markdown table.
+"""
+
+import argparse
+import datetime
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distillkit.boxes.anchors import grid_anchors
+from distillkit.boxes.assign import atss
+from distillkit.boxes.iou import centre_distance, enclosing_diagonal, pairwise_iou
+from distillkit.boxes.maps import Maps, where_of
+from distillkit.boxes.regions import valuable_weight
+from distillkit.losses.kl import kl_divergence
+
+IMAGES, HEIGHT, WIDTH = 2, 800, 1333
+STRIDES = (8, 16, 32, 64, 128)
+SIZES = tuple((math.ceil(HEIGHT / s), math.ceil(WIDTH / s)) for s in STRIDES)
+COUNTS = tuple(h * w for h, w in SIZES)
+BINS, TEMPERATURE, BOXES, GAMMA = 17, 10.0, 20, 0.25
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=31, help="how often every form runs")
+    parser.add_argument("--seed", type=int, default=0, help="of the logits, regions and boxes")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    rows = [
+        *table("LD loss, forward and backward", loss_forms(args.seed), args.rounds),
+        *table("valuable region of one picture, 20 boxes", region_forms(args.seed), args.rounds),
+    ]
+    print("| what | form | CPU ms | ratio | largest difference (relative) |\n|---|---|---|---|---|")
+    print("\n".join(rows))
+    print(
+        f"\n{IMAGES} x {HEIGHT} x {WIDTH}, {IMAGES * sum(COUNTS):,} anchors; medians of {args.rounds} rounds, "
+        f"seed {args.seed}; {processor()}, one thread; torch {torch.__version__}, Python {platform.python_version()}; "
+        f"{datetime.date.today()}"
+    )
+
+
+def table(what: str, forms: dict[str, Callable[[], Tensor]], rounds: int) -> list[str]:
+    """One row a form; the first form is the one the others are measured against."""
+    results = {name: form() for name, form in forms.items()}  # warms up, too
+    reference = next(iter(results.values()))
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for i in range(rounds):
+        order = list(forms) if i % 2 else list(reversed(forms))
+        for name in order:
+            start = time.process_time()
+            forms[name]()
+            times[name].append(time.process_time() - start)
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    base = next(iter(medians.values()))
+    error = {name: float((result - reference).abs().max() / reference.abs().max()) for name, result in results.items()}
+    return [
+        f"| {what} | {name} | {median * 1e3:.1f} | {median / base:.2f} | {error[name]:.0e} |"
+        for name, median in medians.items()
+    ]
+
+
+def loss_forms(seed: int) -> dict[str, Callable[[], Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = ([torch.randn(IMAGES, 4 * BINS, h, w, generator=generator) for h, w in SIZES] for _ in range(2))
+    for level in student:
+        level.requires_grad_()
+    weight = torch.rand(IMAGES, sum(COUNTS), generator=generator)
+    weight = weight * (torch.rand(weight.shape, generator=generator) < 0.05)
+
+    def run(loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def step() -> Tensor:
+            for level in student:
+                level.grad = None
+            value = loss()
+            value.backward()
+            return value.detach()
+
+        return step
+
+    usual = run(lambda: loss_per_level(student, teacher, weight))
+    return {
+        "usual: each level permuted, then masked": usual,
+        "usual, again": lambda: usual(),
+        "distillkit: gathered first": run(lambda: loss_gathered(student, teacher, weight)),
+    }
+
+
+def loss_per_level(student: list[Tensor], teacher: list[Tensor], weight: Tensor) -> Tensor:
+    total = torch.zeros(())
+    for s, t, w in zip(student, teacher, weight.split(list(COUNTS), 1)):
+        s = s.permute(0, 2, 3, 1).reshape(-1, 4 * BINS)
+        t = t.permute(0, 2, 3, 1).reshape(-1, 4 * BINS)
+        w = w.reshape(-1)
+        mask = w > 0
+        s, t = s[mask].reshape(-1, BINS), t[mask].reshape(-1, BINS)
+        target = F.softmax(t / TEMPERATURE, 1)
+        rows = F.kl_div(F.log_softmax(s / TEMPERATURE, 1), target, reduction="none").mean(1) * TEMPERATURE**2
+        total = total + (rows * w[mask].repeat_interleave(4)).sum() / 4
+    return total
+
+
+def loss_gathered(student: list[Tensor], teacher: list[Tensor], weight: Tensor) -> Tensor:
+    where, w = where_of(weight, COUNTS, SIZES)
+    s, t = Maps(tuple(student), (4, BINS)).at(where), Maps(tuple(teacher), (4, BINS)).at(where)
+    return (w * kl_divergence(s, t, TEMPERATURE).mean(-1)).sum()
+
+
+def region_forms(seed: int) -> dict[str, Callable[[], Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(BOXES, 2, generator=generator) * torch.tensor([WIDTH * 0.7, HEIGHT * 0.7])
+    boxes = torch.cat([corner, corner + torch.rand(BOXES, 2, generator=generator) * 250 + 16], 1)
+    anchors = grid_anchors(SIZES, STRIDES, 0.0, 8.0, "cpu")
+    return {
+        "usual: every anchor sorted by distance": lambda: region_sorted(anchors, boxes),
+        "usual, again": lambda: region_sorted(anchors, boxes),
+        "usual, on distillkit's overlaps": lambda: region_sorted(anchors, boxes, fast_overlaps),
+        "distillkit: by threshold": lambda: region_by_threshold(anchors, boxes),
+    }
+
+
+def region_by_threshold(anchors: Tensor, boxes: Tensor) -> Tensor:
+    iou = pairwise_iou(boxes, anchors)
+    threshold = atss(anchors, COUNTS, boxes, iou=iou).threshold
+    return valuable_weight(anchors, boxes, threshold, GAMMA, iou=iou)
+
+
+def region_sorted(anchors: Tensor, boxes: Tensor, overlaps: Callable | None = None) -> Tensor:
+    """Candidates of two kinds by the same routine: the 9 nearest anchors of a level, and all of them."""
+    iou, diou, distance = (overlaps or usual_overlaps)(anchors, boxes)
+    few, every, start = [], [], 0
+    for level in distance.split(list(COUNTS)):
+        few.append(level.topk(min(9, len(level)), dim=0, largest=False).indices + start)
+        every.append(level.topk(len(level), dim=0, largest=False).indices + start)
+        start += len(level)
+    candidates = iou.gather(0, torch.cat(few))
+    threshold = candidates.mean(0) + candidates.std(0)
+    index = torch.cat(every)
+    measure = diou.gather(0, index)
+    selected = (measure >= GAMMA * threshold) & (measure < threshold)
+    weight = torch.zeros_like(iou).scatter(0, index, torch.where(selected, iou.gather(0, index), 0.0))
+    return weight.amax(1)
+
+
+def usual_overlaps(anchors: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """IoU, DIoU and distance of the centres, (N, k), with corners kept as pairs."""
+    a, b = anchors[:, None], boxes[None]
+    inter = (torch.min(a[..., 2:], b[..., 2:]) - torch.max(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    iou = inter / ((a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - inter)
+    apart = ((a[..., :2] + a[..., 2:]) / 2 - (b[..., :2] + b[..., 2:]) / 2).square().sum(-1)
+    around = (torch.max(a[..., 2:], b[..., 2:]) - torch.min(a[..., :2], b[..., :2])).square().sum(-1)
+    return iou, iou - apart / around, apart.sqrt()
+
+
+def fast_overlaps(anchors: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    a, b = anchors[:, None], boxes[None]
+    iou, apart = pairwise_iou(anchors, boxes), centre_distance(a, b)
+    return iou, iou - apart / enclosing_diagonal(a, b), apart.sqrt()
+
+
+def processor() -> str:
+    """The CPU's name, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Geometry: box distributions, anchors, assigners, regions. Imports nothing else of distillkit."""

@@ -1,0 +1,146 @@
+"""Dense head outputs as the detector made them, one map per pyramid level, and the gathering of single anchors.
+
+A detector's head writes maps of shape (B, A*C, H, W): A anchors a cell, C numbers an anchor (channel ``a*C + c``).
+Permuting and joining all of them, to read the few per cent that a loss needs, is most of what a dense loss costs.
+Here the anchors are gathered first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which anchors of a batch.
+
+    Args:
+        index: one triple ``(image, anchor, cell)`` of equally long int64 tensors per level (``cell = y*W + x``), or
+            None for every anchor of every image (the path without host sync, where a weight of 0 leaves one out).
+            No anchor may stand there twice: gradients are written, not added up.
+    """
+
+    index: tuple[tuple[Tensor, Tensor, Tensor], ...] | None
+
+    @property
+    def dense(self) -> bool:
+        return self.index is None
+
+
+@dataclass(frozen=True)
+class Maps:
+    """One tensor per level, (B, A*prod(shape), H, W).
+
+    Args:
+        levels: the maps, finest level first, on any device, any float dtype.
+        shape: what one anchor holds: ``(C,)`` class logits or ``(E, K)`` logits of E edges of K bins.
+        anchors: A, anchors per cell.
+    """
+
+    levels: tuple[Tensor, ...]
+    shape: tuple[int, ...]
+    anchors: int = 1
+
+    def __post_init__(self) -> None:
+        want = self.anchors * prod(self.shape)
+        for i, m in enumerate(self.levels):
+            if m.dim() != 4 or m.shape[1] != want:
+                raise ValueError(
+                    f"level {i}: expected (B, {want}, H, W) for {self.anchors} anchor(s) of {self.shape}, "
+                    f"got {tuple(m.shape)}"
+                )
+
+    @property
+    def images(self) -> int:
+        return self.levels[0].shape[0]
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(H, W) of each level."""
+        return tuple((m.shape[-2], m.shape[-1]) for m in self.levels)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Anchors of one image at each level: H*W*A."""
+        return tuple(h * w * self.anchors for h, w in self.sizes)
+
+    def at(self, where: Where) -> Tensor:
+        """The chosen anchors, levels in order: (M, *shape); all, image by image, if ``where.dense``: (B*N, *shape)."""
+        if where.index is None:
+            return self.all().flatten(0, 1)
+        rows = [
+            _Gather.apply(m.unflatten(1, (self.anchors, -1)).flatten(3), *index)
+            for m, index in zip(self.levels, where.index, strict=True)
+        ]
+        return torch.cat(rows).view(-1, *self.shape)
+
+    def positions(self, where: Where) -> Tensor:
+        """The rows of ``all().flatten(0, 1)`` that ``at(where)`` holds: (M,) int64.
+
+        So anything known of every anchor, ``q`` (B, N), is read in the same order with ``q.flatten()[positions]``.
+        """
+        if where.index is None:
+            return torch.arange(self.images * sum(self.counts), device=self.levels[0].device)
+        rows, start = [], 0
+        for (image, anchor, cell), count in zip(where.index, self.counts, strict=True):
+            rows.append(image * sum(self.counts) + start + cell * self.anchors + anchor)
+            start += count
+        return torch.cat(rows)
+
+    def largest(self) -> Tensor:
+        """The largest number of every anchor: (B*N,), in the order of ``all()`` but without its copy of the maps."""
+        rows = [m.unflatten(1, (self.anchors, -1)).flatten(3).amax(2).transpose(1, 2).flatten(1) for m in self.levels]
+        return torch.cat(rows, 1).flatten()
+
+    def all(self) -> Tensor:
+        """Every anchor: (B, N, *shape), N in the order level, y, x, anchor."""
+        rows = []
+        for m in self.levels:
+            b, _, h, w = m.shape
+            rows.append(
+                m.view(b, self.anchors, -1, h, w).permute(0, 3, 4, 1, 2).reshape(b, h * w * self.anchors, *self.shape)
+            )
+        return torch.cat(rows, 1)
+
+
+class _Gather(torch.autograd.Function):
+    """Read single anchors of a grid (B, A, C, cells): (M, C). Each at most once, so the gradient needs no accumulation,
+    which costs more than the reading (and a sort, on CUDA)."""
+
+    @staticmethod
+    def forward(ctx: Any, grid: Tensor, image: Tensor, anchor: Tensor, cell: Tensor) -> Tensor:
+        ctx.save_for_backward(image, anchor, cell)
+        ctx.shape = grid.shape
+        return grid.transpose(2, 3)[image, anchor, cell]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = grads
+        into = grad.new_zeros(ctx.shape)
+        into.transpose(2, 3)[ctx.saved_tensors] = grad
+        return into, None, None, None
+
+
+def where_of(weight: Tensor, counts: Sequence[int], sizes: Sequence[tuple[int, int]]) -> tuple[Where, Tensor]:
+    """The anchors of non-zero weight, and their weights, level after level.
+
+    Args:
+        weight: (B, N), anchors in the order level, y, x, anchor.
+        counts: anchors of one image at each level.
+        sizes: (H, W) of each level.
+
+    Returns:
+        where, and the weights (M,) in the order of ``Maps.at(where)``. Waits for the device (``nonzero``).
+    """
+    index, weights = [], []
+    for w, count, (height, width) in zip(weight.split(list(counts), 1), counts, sizes, strict=True):
+        image, at = w.nonzero(as_tuple=True)
+        per_cell = count // (height * width)
+        cell = torch.div(at, per_cell, rounding_mode="floor")
+        index.append((image, at - cell * per_cell, cell))
+        weights.append(w[image, at])
+    return Where(tuple(index)), torch.cat(weights)

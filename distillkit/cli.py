@@ -1,0 +1,363 @@
+"""The command line. Verbs import what they need when they run: `--help` and the checks of a recipe need no torch.
+
+Exit codes: 0 done; 1 `check` found mistakes, or a run failed; 2 the call itself was wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from distillkit import __version__, plugins
+from distillkit import recipe as recipes
+from distillkit.core.errors import DistillError, NonFiniteLossError
+from distillkit.training.errors import Interrupted
+
+if TYPE_CHECKING:
+    from distillkit.evaluation.coco import CocoResult
+    from distillkit.recipe import Recipe
+
+app = typer.Typer(
+    name="distillkit",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a bundled recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE...", help="Changes to the recipe, e.g. train.epochs=3 distillers.0.weight=0.5"),
+]
+Imports = Annotated[
+    list[str] | None,
+    typer.Option("--import", metavar="PACKAGE", help="Import a package that registers models, distillers or data."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Weights = Annotated[Path | None, typer.Option("--weights", help="Trained weights; else the student as it comes.")]
+
+
+class SplitName(StrEnum):
+    train = "train"
+    val = "val"
+    test = "test"
+
+
+class Listed(StrEnum):
+    distillers = "distillers"
+    models = "models"
+    data = "data"
+    recipes = "recipes"
+    adapters = "adapters"
+
+
+def main() -> None:
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def distillkit(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
+) -> None:
+    """Knowledge distillation for detectors and classifiers you already have.
+
+    Start with: distillkit run quickstart
+    """
+
+
+@app.command()
+def run(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option("--out", help="Folder of run folders, not the recipe's.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what an earlier run of this name left.")] = False,
+    imports: Imports = None,
+    debug: Debug = False,
+) -> None:
+    """Train, compare and report what a recipe says; a run that was stopped goes on where it was.
+
+    Examples:
+      distillkit run quickstart
+      distillkit run my.yaml train.epochs=3 name=short
+      distillkit run my.yaml --import my_package
+      accelerate launch --num_processes 2 -m distillkit run my.yaml
+    """
+    again = _command("run", recipe, overrides, imports, ["--out", str(output)] if output else [])
+    with _plainly(debug, again):
+        loaded = _load(recipe, overrides, imports, output)
+        from distillkit.training import run as training
+
+        training.run(loaded, fresh=fresh, console=out, command=again)
+
+
+@app.command()
+def check(recipe: RecipeArg, overrides: Overrides = None, imports: Imports = None, debug: Debug = False) -> None:
+    """Find what is wrong with a recipe, then with its data, then with its models, before a run does.
+
+    The recipe is judged at once. Then every annotation and picture is read, and every row of the recipe makes one
+    training step on two pictures. Exit code 1 if anything is wrong.
+
+    Examples:
+      distillkit check quickstart
+      distillkit check my.yaml data.root=/data/coco
+    """
+    with _plainly(debug):
+        try:
+            loaded = recipes.load(recipe, overrides or ())
+        except recipes.RecipeError as error:
+            _say(err, str(error))
+            raise typer.Exit(1) from None
+        _say(out, f"recipe {loaded.name}: right; now data and models")
+        plugins.import_packages(imports or ())
+        if not _findings(loaded):
+            raise typer.Exit(1)
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[Listed | None, typer.Argument(help="Only these.")] = None,
+    imports: Imports = None,
+    debug: Debug = False,
+) -> None:
+    """Say what a recipe can name: distillers, models, data, bundled recipes; and the model families with adapters.
+
+    Examples:
+      distillkit list
+      distillkit list distillers --import my_package
+    """
+    with _plainly(debug):
+        plugins.import_packages(imports or ())
+        for listed in [what] if what else Listed:
+            table = Table(listed, "", title_justify="left", box=None, header_style="bold")
+            for name, about in _LISTS[listed]():
+                table.add_row(Text(name), Text(about))
+            out.print(table)
+
+
+@app.command()
+def show(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A file, or a bundled recipe's name.")] = None,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes instead.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print a recipe with everything that it extends, overrides and every default written out.
+
+    Examples:
+      distillkit show quickstart > mine.yaml
+      distillkit show mine.yaml train.epochs=3
+      distillkit show --schema > recipe.schema.json
+    """
+    with _plainly(debug):
+        if schema:
+            typer.echo(json.dumps(recipes.schema(), indent=2))
+        elif recipe is None:
+            raise recipes.RecipeError(["name a RECIPE, or ask for the --schema"])
+        else:
+            typer.echo(recipes.resolved(recipes.load(recipe, overrides or ())), nl=False)
+
+
+@app.command(name="eval")
+def evaluate(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    model: Annotated[
+        str, typer.Option("--model", metavar="teacher|student|FILE", help="FILE: the student with these weights.")
+    ] = "student",
+    split: Annotated[SplitName, typer.Option("--split", help="On which pictures.")] = SplitName.val,
+    imports: Imports = None,
+    debug: Debug = False,
+) -> None:
+    """Score a model of a recipe: the 12 numbers of COCO, and every class.
+
+    Examples:
+      distillkit eval ld_coco_mini --model teacher --split test
+      distillkit eval quickstart --model runs/quickstart/distilled/best.safetensors
+    """
+    with _plainly(debug):
+        loaded = _load(recipe, overrides, imports)
+        from distillkit.training.evaluate import evaluate as score
+
+        _print_scores(score(loaded, model, split.value))
+
+
+@app.command()
+def predict(
+    recipe: RecipeArg,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Pictures, or folders of pictures.")],
+    weights: Weights = None,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the drawn pictures and predictions.json.")] = Path(
+        "predictions"
+    ),
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe.")] = None,
+    imports: Imports = None,
+    debug: Debug = False,
+) -> None:
+    """Find objects in pictures: draws them, and writes predictions.json in COCO's result format.
+
+    Examples:
+      distillkit predict my.yaml photo.jpg --weights runs/my/distilled/best.safetensors
+      distillkit predict my.yaml photos/ --weights best.safetensors --out found --set evaluate.score=0.3
+    """
+    with _plainly(debug):
+        loaded = _load(recipe, changes, imports)
+        from distillkit.training.predict import predict as find
+
+        find(loaded, weights, images, folder)
+        _say(out, f"pictures and predictions.json are in {folder}")
+
+
+@app.command()
+def export(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    weights: Weights = None,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the files.")] = Path("exported"),
+    formats: Annotated[
+        str, typer.Option("--format", help="Which, with commas between: safetensors, torch-export, onnx.")
+    ] = "safetensors",
+    imports: Imports = None,
+    debug: Debug = False,
+) -> None:
+    """Write the student for use elsewhere, and compare what was written with the student itself.
+
+    Examples:
+      distillkit export my.yaml --weights runs/my/distilled/best.safetensors --format safetensors,onnx
+    """
+    with _plainly(debug):
+        loaded = _load(recipe, overrides, imports)
+        from distillkit.training.export import export as write
+
+        write(loaded, weights, folder, [name.strip() for name in formats.split(",")])
+
+
+# -- what verbs share -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _plainly(debug: bool, again: str | None = None) -> Iterator[None]:
+    """Errors as messages and exit codes; `again`: what to type to go on after an interruption."""
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted) as error:
+        _say(err, str(error) or (f"interrupted; go on with: {again}" if again else "interrupted"))
+        raise typer.Exit(130) from None
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        mistake = isinstance(error, DistillError | ValueError | OSError | ImportError)
+        mistake = mistake and not isinstance(error, NonFiniteLossError)
+        known = mistake or isinstance(error, DistillError)
+        _say(err, str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)")
+        raise typer.Exit(2 if mistake else 1) from None
+
+
+def _load(
+    recipe: str, overrides: Sequence[str] | None, imports: Sequence[str] | None, output: Path | None = None
+) -> Recipe:
+    loaded = recipes.load(recipe, overrides or ())
+    plugins.import_packages(imports or ())
+    return loaded.model_copy(update={"output": str(output)}) if output else loaded
+
+
+def _command(
+    verb: str, recipe: str, overrides: Sequence[str] | None, imports: Sequence[str] | None, options: list[str]
+) -> str:
+    packages = [word for name in imports or () for word in ("--import", name)]
+    return shlex.join(["distillkit", verb, recipe, *(overrides or ()), *options, *packages])
+
+
+def _say(console: Console, text: str) -> None:
+    """Plain text: nothing in it is markup, and lines are as long as they are."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _findings(recipe: Recipe) -> bool:
+    """Print what is found of data and models; False if something is wrong."""
+    from distillkit.training.check import check as findings
+
+    right = True
+    bar = Progress(TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), console=out, transient=True)
+    bar.disable = not out.is_terminal
+    with bar:
+        task = bar.add_task("", total=None)
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        for finding in findings(recipe, progress):
+            right = right and finding.level != "error"
+            style = {"ok": "green", "warning": "yellow", "error": "red"}[finding.level]
+            out.print(Text.assemble((finding.level, style), f" {finding.where}: {finding.what}"), soft_wrap=True)
+    return right
+
+
+def _print_scores(result: CocoResult) -> None:
+    """In per cent, as COCO's are published; "-" where there is nothing to find."""
+    table = Table("class", "AP", "AP50", "AP75", "boxes", box=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, row in result.classes.items():
+        table.add_row(Text(name), _percent(row.ap), _percent(row.ap50), _percent(row.ap75), str(row.boxes))
+    out.print(table)
+    for name, value in result.numbers.items():
+        _say(out, f"{name:<6}{_percent(value):>6}")
+
+
+def _percent(value: float) -> str:
+    return "-" if value < 0 else f"{100 * value:.1f}"
+
+
+def _kinds(annotation: Any, custom: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each kind of a discriminated block with the first line of its docstring; then what packages registered."""
+    for block in get_args(get_args(annotation)[0]):
+        (kind,) = get_args(block.model_fields["kind"].annotation)
+        if kind != "custom":
+            yield kind, (block.__doc__ or "").splitlines()[0]
+    for name in custom:
+        yield name, "registered: write kind: custom, name: " + name
+
+
+def _bundled() -> Iterator[tuple[str, str]]:
+    for path in recipes.bundled():
+        yield path.stem, path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+
+
+def _adapters() -> Iterator[tuple[str, str]]:
+    """One file a model family, read without being run."""
+    for path in sorted((Path(__file__).parent / "adapters").glob("[!_]*.py")):
+        about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        yield path.stem, about.splitlines()[0] if about else ""
+
+
+_LISTS: dict[Listed, Callable[[], Iterable[tuple[str, str]]]] = {
+    Listed.distillers: lambda: _kinds(recipes.Distiller, plugins.names("distiller")),
+    Listed.models: lambda: _kinds(recipes.Model, plugins.names("model")),
+    Listed.data: lambda: _kinds(recipes.Data, plugins.names("data")),
+    Listed.recipes: _bundled,
+    Listed.adapters: _adapters,
+}

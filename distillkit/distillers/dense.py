@@ -1,0 +1,70 @@
+"""What the distillers of dense detectors share: checks that two heads can be compared, and averages over anchors."""
+
+from torch import Tensor
+
+from distillkit.boxes.maps import Maps, Where
+from distillkit.core.views import DenseDetections
+from distillkit.losses.reduce import mean_over_ranks
+
+
+def check_grids(who: str, student: DenseDetections, teacher: DenseDetections) -> None:
+    """Raise ValueError, on behalf of the distiller ``who``, unless both views hold the same anchors."""
+    s, t = student.classes, teacher.classes
+    if s.anchors != t.anchors:
+        raise ValueError(
+            f"{who}: the student has {s.anchors} anchors a cell, the teacher {t.anchors}; both need the same anchors="
+        )
+    if s.sizes != t.sizes:
+        raise ValueError(
+            f"{who}: the student's levels have {_sizes(s)} cells, the teacher's {_sizes(t)}; feed both pictures of "
+            "one size and name levels of the same strides="
+        )
+
+
+def check_edges(who: str, student: DenseDetections, teacher: DenseDetections) -> tuple[Maps, Maps]:
+    """The edge distributions of both; ValueError unless they can be compared bin by bin."""
+    for role, view in (("student", student), ("teacher", teacher)):
+        if view.edges is None:
+            raise ValueError(
+                f"{who}: the {role} has no edge distributions; name them with the adapter's edges=, or leave {who} out"
+            )
+    s, t = student.edges, teacher.edges
+    assert s is not None
+    assert t is not None
+    if s.shape[-1] != t.shape[-1]:
+        raise ValueError(
+            f"{who}: the student has {s.shape[-1]} bins an edge, the teacher {t.shape[-1]}; build both heads with "
+            "the same bins= (reg_max + 1)"
+        )
+    if s.shape[0] != t.shape[0]:
+        raise ValueError(
+            f"{who}: the student has {s.shape[0]} edges a box, the teacher {t.shape[0]}; "
+            "name the same edges= on both sides"
+        )
+    check_grids(who, student, teacher)
+    return s, t
+
+
+def mean_count(selected: Tensor) -> Tensor:
+    """Number of True entries, mean over ranks: what a loss averaged over them divides by; never 0, so that 0/0 is 0."""
+    return mean_over_ranks(selected.sum().float()).clamp(min=1e-6)
+
+
+def sum_of_level_means(rows: Tensor, weight: Tensor, where: Where, maps: Maps) -> Tensor:
+    """The release's average: sum(weight * rows) / (anchors of non-zero weight) of every level, summed over levels.
+
+    rows, weight: (M,) in the order of ``maps.at(where)``. A level without any anchor adds 0.
+    """
+    parts = zip(_by_level(weight * rows, where, maps), _by_level(weight > 0, where, maps), strict=True)
+    means = [summed.sum() / chosen.sum().clamp(min=1) for summed, chosen in parts]
+    return sum(means[1:], means[0])
+
+
+def _by_level(rows: Tensor, where: Where, maps: Maps) -> tuple[Tensor, ...]:
+    if where.index is None:
+        return rows.unflatten(0, (maps.images, -1)).split(list(maps.counts), 1)
+    return rows.split([len(image) for image, _, _ in where.index])
+
+
+def _sizes(maps: Maps) -> str:
+    return ", ".join(f"{h} x {w}" for h, w in maps.sizes)

@@ -1,0 +1,242 @@
+"""Feature imitation: FitNets (arXiv:1412.6550) on the whole map, or on the cells that matter for objects.
+
+Inside boxes and fine-grained cells: Wang et al., arXiv:1906.03609. General instances (GI): Dai et al.,
+arXiv:2103.02340.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distillkit.boxes.anchors import grid_points, grid_strides
+from distillkit.boxes.distribution import decode, integral
+from distillkit.boxes.iou import aligned_iou
+from distillkit.boxes.maps import Maps
+from distillkit.boxes.precision import at_least_float32
+from distillkit.boxes.regions import Main, matched
+from distillkit.core.distiller import Distiller
+from distillkit.core.schedule import Weight
+from distillkit.core.views import BoxTargets, DenseDetections, Features
+from distillkit.distillers.dense import check_edges, mean_count
+
+#: fine-grained: a cell takes part whose anchor overlaps an object more than this share of the object's best anchor
+FINE_GRAINED_SHARE = 0.5
+#: general instances: how many a level keeps, and the overlap from which on two count as one
+GI_KEPT, GI_IOU = 10, 0.3
+
+
+class FeatureImitation(Distiller):
+    """Make the student's features equal the teacher's, on the whole map or on chosen cells.
+
+        loss = sum over maps of mean over (chosen cells, channels) of (student - teacher)^2
+
+    Args:
+        region: ``whole``: every cell or token; ``boxes``: cells whose point is inside an object; ``fine-grained``:
+            cells with an anchor whose IoU with some object exceeds half of the best of that object; ``gi``: the 10
+            cells of each level and picture where student and teacher disagree most about a class, no two predicted
+            boxes with IoU above 0.3.
+        weight: what the loss is multiplied by; the LD paper uses 2 on the outputs of an FPN.
+        convention: ``default`` as above; ``release``: as the LD release, see below.
+        student_at, teacher_at: module paths of the maps on either side, in the same order.
+        teacher, name: as in ``Distiller``.
+
+    Reads:
+        ``Features`` of both: (B, C, H, W) maps or, for ``whole``, also (B, N, C) tokens. The other regions read
+        ``DenseDetections`` too, one level a map; ``gi`` of both sides, the others the student's alone.
+
+    Where the widths differ, a 1x1 projection of the student's features is made by ``prepare`` and trained along.
+
+    Default and release. The release averages over the cells of one GPU; the default over those of all ranks. For ``gi``
+    the release looks for the 10 cells among all pictures of the batch at once, as though they were one, so that a
+    picture hides cells of another; the default looks in each picture. The release drops the levels without any ATSS
+    positive.
+
+    Raises:
+        ValueError: unknown words; maps that differ in number, size or, without projection, width; ``whole`` with
+            ``convention="release"``, which has no such form.
+    """
+
+    short_name = "imitation"
+
+    def __init__(
+        self,
+        region: Literal["whole", "boxes", "fine-grained", "gi"] = "whole",
+        weight: float | Weight = 1.0,
+        convention: Literal["default", "release"] = "default",
+        student_at: str | list[str] | None = None,
+        teacher_at: str | list[str] | None = None,
+        teacher: str | None = None,
+        name: str | None = None,
+    ):
+        super().__init__(weight, teacher, name)
+        if region not in ("whole", "boxes", "fine-grained", "gi"):
+            raise ValueError(f"region must be 'whole', 'boxes', 'fine-grained' or 'gi', got {region!r}")
+        if convention not in ("default", "release"):
+            raise ValueError(f"convention must be 'default' or 'release', got {convention!r}")
+        if region == "whole" and convention == "release":
+            raise ValueError(
+                "the release has no whole-map form: leave out convention='release' or choose another region"
+            )
+        self.reads = Features if region == "whole" else (Features, DenseDetections)
+        self.region = region
+        self.convention = convention
+        self.student_at, self.teacher_at = student_at, teacher_at
+        self.projections = nn.ModuleList()
+
+    def prepare(self, student_widths: list[int] | None, teacher_widths: list[int] | None) -> None:
+        """Make a projection for every map whose width differs on the two sides."""
+        if student_widths is None or teacher_widths is None:
+            return
+        self.projections = nn.ModuleList(
+            nn.Linear(s, t) if s != t else nn.Identity() for s, t in zip(student_widths, teacher_widths, strict=True)
+        )
+
+    def forward(self, student: Any, teacher: Any, targets: Any) -> Tensor:
+        if self.region == "whole":
+            return sum_of(F.mse_loss(s, t) for s, t in self._pairs(student, teacher))
+        (features, detections), (teacher_features, teacher_detections) = student, teacher
+        cells = self._cells(detections, teacher_detections, targets)
+        pairs = self._pairs(features, teacher_features)
+        if len(pairs) != len(cells):
+            raise ValueError(
+                f"{self.name}: {len(pairs)} feature maps, but the head has {len(cells)} levels; name one map a level"
+            )
+        return sum_of(self.of_level(s, t, at) for (s, t), at in zip(pairs, cells))
+
+    def _pairs(self, student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
+        """Student (projected) and teacher maps, at least in float32."""
+        if len(student.maps) != len(teacher.maps):
+            raise ValueError(
+                f"{self.name}: {len(student.maps)} feature maps of the student, {len(teacher.maps)} of the teacher; "
+                "name as many paths in student_at as in teacher_at"
+            )
+        pairs = []
+        for i, (s, t) in enumerate(zip(student.maps, teacher.maps)):
+            s = project(s, self.projections[i]) if len(self.projections) else s
+            if s.shape != t.shape:
+                raise ValueError(
+                    f"{self.name}: map {i} is {tuple(s.shape)} in the student and {tuple(t.shape)} in the teacher. "
+                    "Channels are matched by a projection where their numbers are known before the first step (name "
+                    "convolutions or linear layers in student_at and teacher_at); the other numbers must be equal: "
+                    "choose layers of the same stride"
+                )
+            pairs.append((at_least_float32(s), at_least_float32(t.detach())))
+        return pairs
+
+    def _cells(self, student: DenseDetections, teacher: DenseDetections, targets: BoxTargets) -> list[Tensor]:
+        """(B, H, W) bool of each level: the cells that take part."""
+        release = self.convention == "release"
+        if self.region == "boxes":
+            chosen = inside_boxes(student, targets)
+        elif self.region == "fine-grained":
+            chosen = fine_grained(student, targets)
+        else:
+            chosen = general_instances(self.name, student, teacher, targets, across_pictures=release)
+        levels = on_cells(chosen, student.classes)
+        if not release:
+            return levels
+        _, positive = Main()(student, targets, "one", True)
+        used = on_cells(positive.view(targets.images, -1) > 0, student.classes)
+        return [level & p.any() for level, p in zip(levels, used)]
+
+    def of_level(self, student: Tensor, teacher: Tensor, cells: Tensor) -> Tensor:
+        if cells.shape != (student.shape[0], *student.shape[2:]):
+            raise ValueError(
+                f"{self.name}: a feature map is {tuple(student.shape)}, its level of the head {tuple(cells.shape)} "
+                "(images, height, width); name the maps that the head reads, one a level and in its order"
+            )
+        count = cells.sum().clamp(min=1) if self.convention == "release" else mean_count(cells)
+        return ((student - teacher).square().mean(1) * cells).sum() / count
+
+
+def project(x: Tensor, projection: nn.Module) -> Tensor:
+    """A linear layer over the channels of a map (B, C, H, W) or of tokens (B, N, C)."""
+    if isinstance(projection, nn.Linear) and x.dim() == 4:
+        return F.conv2d(x, projection.weight[:, :, None, None], projection.bias)
+    return projection(x)
+
+
+def on_cells(chosen: Tensor, maps: Maps) -> list[Tensor]:
+    """(B, N) bool of anchors -> one (B, H, W) bool a level: a cell takes part if one of its anchors does."""
+    levels = chosen.split(list(maps.counts), 1)
+    return [level.view(len(level), h, w, maps.anchors).any(-1) for level, (h, w) in zip(levels, maps.sizes)]
+
+
+def inside_boxes(view: DenseDetections, targets: BoxTargets) -> Tensor:
+    """(B, N) bool: the anchor's centre is strictly inside an object's box."""
+    rows = []
+    for m, boxes in zip(matched(view, targets), targets.boxes):
+        centre = (m.anchors[:, None, :2] + m.anchors[:, None, 2:]) / 2
+        near = torch.cat([centre - boxes[:, :2], boxes[:, 2:] - centre], -1)  # (N, k, 4)
+        rows.append((near > 0).all(-1).any(-1))
+    return torch.stack(rows)
+
+
+def fine_grained(view: DenseDetections, targets: BoxTargets) -> Tensor:
+    """(B, N) bool: the anchor's IoU with some object exceeds half of the best that the object has with any anchor."""
+    rows = []
+    for m in matched(view, targets):
+        iou = m.iou * m.valid  # (k, N)
+        rows.append((iou > FINE_GRAINED_SHARE * iou.amax(1, keepdim=True)).any(0))
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def general_instances(
+    who: str, student: DenseDetections, teacher: DenseDetections, targets: BoxTargets, across_pictures: bool = False
+) -> Tensor:
+    """(B, N) bool: the anchors of each level about whose class the two disagree most, with little overlap among them.
+
+    The score is the largest difference of class probabilities; the box is that of whichever side is surer of that
+    class.
+
+    Args:
+        across_pictures: choose among all pictures of the batch as though they were one (the release).
+    """
+    mine, theirs = check_edges(who, student, teacher)
+    valid = torch.stack([m.valid for m in matched(student, targets)])
+    points = grid_points(mine.sizes, student.strides, student.centre, valid.device)
+    strides = grid_strides(mine.sizes, student.strides, valid.device)
+    p_s, p_t = probabilities(student), probabilities(teacher)  # (B, N, C)
+    score, at = (p_t - p_s).abs().max(-1)
+    teacher_is_surer = (p_t >= p_s).gather(-1, at[..., None])
+    distances = torch.where(
+        teacher_is_surer, integral(theirs.all(), teacher.support), integral(mine.all(), student.support)
+    )
+    boxes = decode(points, distances * strides[:, None])  # (B, N, 4)
+    score = score.masked_fill(~valid, -torch.inf)
+    chosen = []
+    for s, b in zip(score.split(list(mine.counts), 1), boxes.split(list(mine.counts), 1)):
+        rows = 1 if across_pictures else len(s)
+        chosen.append(best_apart(s.reshape(rows, -1), b.reshape(rows, -1, 4)).view_as(s))
+    return torch.cat(chosen, 1)
+
+
+def best_apart(score: Tensor, boxes: Tensor, most: int = GI_KEPT, iou: float = GI_IOU) -> Tensor:
+    """(R, N) bool: of every row the ``most`` best boxes that non-maximum suppression leaves, found without a sync.
+
+    score: (R, N), -inf for boxes that take no part; boxes: (R, N, 4).
+    """
+    left, chosen = score, torch.zeros_like(score, dtype=torch.bool)
+    for _ in range(min(most, score.shape[1])):
+        best, at = left.max(1, keepdim=True)  # (R, 1)
+        this = torch.zeros_like(chosen).scatter(1, at, best > -torch.inf)
+        chosen = chosen | this
+        winner = boxes.gather(1, at[..., None].expand(-1, -1, 4)).expand_as(boxes)
+        overlap = aligned_iou(winner.reshape(-1, 4), boxes.reshape(-1, 4)).view_as(score)
+        left = left.masked_fill(this | (overlap > iou), -torch.inf)
+    return chosen
+
+
+def probabilities(view: DenseDetections) -> Tensor:
+    """(B, N, C) class probabilities."""
+    return view.classes.all().sigmoid() if view.scores is None else view.scores.all()
+
+
+def sum_of(losses: Any) -> Tensor:
+    first, *rest = losses
+    return sum(rest, first)

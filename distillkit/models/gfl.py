@@ -1,0 +1,310 @@
+"""GFL: a one-stage detector whose boxes are distributions. Li et al., Generalized Focal Loss, arXiv:2006.04388.
+
+Any timm backbone, a feature pyramid, and one head for all levels. At every cell the head says C class logits and, for
+each of the four edges (left, top, right, bottom), a distribution over how many strides away the edge is: K bins of
+0..K-1 strides. Cells' points stand at (i * stride, j * stride). With ``quality=True`` the head is that of GFLv2
+(arXiv:2011.12885): the shape of the distributions says how good a box is, and multiplies its class scores.
+
+Modules are named as in OpenMMLab's detectors (``backbone``, ``neck``, and ``head`` for ``bbox_head``), so that their
+checkpoints load: ``load_openmmlab``.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distillkit.boxes.maps import Maps
+from distillkit.losses.gfl import gfl_losses
+from distillkit.models.backbones import backbone as make_backbone
+from distillkit.models.backbones import explain_mismatch, parameters_up_to
+from distillkit.models.dense import Images, Inference, Sizes, Targets, predict, split_targets, to_batch
+from distillkit.models.openmmlab import read_checkpoint
+
+PRIOR = 0.01  # the class probability that a fresh head says of every cell
+
+
+class Conv(nn.Module):
+    """A convolution as OpenMMLab nests and names it: ``conv``, then ``gn`` and ReLU where groups are given."""
+
+    def __init__(self, inside: int, out: int, kernel: int, stride: int = 1, groups: int | None = None):
+        super().__init__()
+        self.conv = nn.Conv2d(inside, out, kernel, stride, kernel // 2, bias=groups is None)
+        self.gn = nn.GroupNorm(groups, out) if groups else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x if self.gn is None else F.relu(self.gn(x))
+
+
+class Scale(nn.Module):
+    """One learned factor. A module, so that its output, the edge logits of one level, can be tapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class FPN(nn.Module):
+    """Feature pyramid network, arXiv:1612.03144; coarser levels by stride-2 convolutions on its last output.
+
+    Args:
+        widths: channels of the backbone's maps, finest first.
+        channels: of every output.
+        levels: number of outputs, at least ``len(widths)``.
+    """
+
+    def __init__(self, widths: Sequence[int], channels: int, levels: int):
+        super().__init__()
+        self.lateral_convs = nn.ModuleList(Conv(w, channels, 1) for w in widths)
+        self.fpn_convs = nn.ModuleList(Conv(channels, channels, 3, 1 if i < len(widths) else 2) for i in range(levels))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        merged = [lateral(m) for lateral, m in zip(self.lateral_convs, maps, strict=True)]
+        for i in range(len(merged) - 1, 0, -1):
+            merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], merged[i - 1].shape[-2:], mode="nearest")
+        out = [conv(m) for conv, m in zip(self.fpn_convs, merged)]
+        for conv in list(self.fpn_convs)[len(merged) :]:
+            out.append(conv(out[-1]))
+        return out
+
+
+class GFLHead(nn.Module):
+    """The head, shared by all levels but for one scale each.
+
+    Args:
+        num_classes: C. With ``quality`` there is one more class channel, which is never a target (as in the release).
+        levels: number of feature maps.
+        channels, convs, groups: width and depth of the two towers, groups of their normalisation.
+        bins: K.
+        quality: the GFLv2 branch.
+    """
+
+    def __init__(
+        self, num_classes: int, levels: int, channels: int, convs: int, bins: int, groups: int, quality: bool = False
+    ):
+        super().__init__()
+        self.num_classes, self.bins, self.quality = num_classes, bins, quality
+        self.cls_convs = nn.Sequential(*(Conv(channels, channels, 3, groups=groups) for _ in range(convs)))
+        self.reg_convs = nn.Sequential(*(Conv(channels, channels, 3, groups=groups) for _ in range(convs)))
+        self.gfl_cls = nn.Conv2d(channels, num_classes + quality, 3, padding=1)
+        self.gfl_reg = nn.Conv2d(channels, 4 * bins, 3, padding=1)
+        self.scales = nn.ModuleList(Scale() for _ in range(levels))
+        if quality:
+            self.reg_conf = nn.Sequential(nn.Conv2d(20, 64, 1), nn.ReLU(), nn.Conv2d(64, 1, 1), nn.Sigmoid())
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.constant_(cast(Tensor, self.gfl_cls.bias), math.log(PRIOR / (1 - PRIOR)))
+
+    def forward(self, feats: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Per level (B, channels, H, W) -> class logits (B, C, H, W) and edge logits (B, 4*K, H, W)."""
+        classes = [self.gfl_cls(self.cls_convs(x)) for x in feats]
+        edges = [scale(self.gfl_reg(self.reg_convs(x))) for scale, x in zip(self.scales, feats, strict=True)]
+        return classes, edges
+
+    def scores(self, classes: Sequence[Tensor], edges: Sequence[Tensor]) -> list[Tensor]:
+        """Class probabilities per level, in the layout of ``classes``: the sigmoid, times the quality in GFLv2."""
+        if not self.quality:
+            return [c.sigmoid() for c in classes]
+        return [c.sigmoid() * self._quality(e) for c, e in zip(classes, edges, strict=True)]
+
+    def _quality(self, edges: Tensor) -> Tensor:
+        """(B, 4*K, H, W) edge logits -> (B, 1, H, W) in 0..1, from each edge's 4 largest bins and their mean."""
+        batch, _, height, width = edges.shape
+        largest = edges.view(batch, 4, self.bins, height, width).softmax(2).topk(4, 2).values
+        sharpness = torch.cat([largest, largest.mean(2, keepdim=True)], 2)
+        return self.reg_conf(sharpness.flatten(1, 2))
+
+
+class GFL(nn.Module):
+    """The detector; called as torchvision's are (see ``distillkit.models.dense``).
+
+    Args:
+        num_classes: C; labels are 0..C-1.
+        backbone: a timm model with ``features_only``.
+        pretrained: the backbone's weights; see ``distillkit.models.backbones.backbone``.
+        strides: pixels per cell of the levels, finest first, each twice the one before; levels coarser than the
+            backbone's coarsest map are made by stride-2 convolutions.
+        channels, convs, groups: width of pyramid and towers, depth of the towers, groups of their normalisation.
+        bins: K; an edge can be at most K-1 strides away from its point.
+        quality: the head of GFLv2.
+        freeze_bn: the backbone's BatchNorm statistics stay as they are (their weights train).
+        frozen_stages: the backbone's stem and this many stages after it do not train (1 in the published settings).
+        mean, std: of the input, 0..1, red, green, blue; those of the backbone's own pretraining unless given.
+
+    Attributes:
+        strides, bins, num_classes.
+        centre: 0, points stand at their cell's corner. octave: 8, side of the anchor box in strides.
+        inference: an ``Inference``, replace it for other thresholds.
+    """
+
+    centre = 0.0
+    octave = 8.0
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str = "resnet18",
+        pretrained: bool | str | Path = False,
+        *,
+        strides: Sequence[int] = (8, 16, 32, 64, 128),
+        channels: int = 256,
+        convs: int = 4,
+        groups: int = 32,
+        bins: int = 17,
+        quality: bool = False,
+        freeze_bn: bool = False,
+        frozen_stages: int = 0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        if any(b != 2 * a for a, b in pairwise(strides)):
+            raise ValueError(f"strides {tuple(strides)}: each must be twice the one before")
+        if channels % groups:
+            raise ValueError(f"channels={channels} cannot be split into groups={groups}")
+        self.num_classes, self.strides, self.bins = num_classes, tuple(strides), bins
+        self.freeze_bn = freeze_bn
+        self.inference = Inference()
+        self.backbone = make_backbone(backbone, self.strides, pretrained)
+        self.neck = FPN(self.backbone.feature_info.channels(), channels, len(self.strides))
+        self.head = GFLHead(num_classes, len(self.strides), channels, convs, bins, groups, quality)
+        for name, given in (("mean", mean), ("std", std)):
+            value = torch.tensor(given or timm.get_pretrained_cfg_value(backbone, name))
+            self.register_buffer(name, value.view(3, 1, 1), persistent=False)
+        if frozen_stages:
+            frozen = set(parameters_up_to(self.backbone, frozen_stages))
+            for name, parameter in self.backbone.named_parameters():
+                parameter.requires_grad_(name not in frozen)
+        self.train()
+
+    def train(self, mode: bool = True) -> "GFL":
+        super().train(mode)
+        for module in self.backbone.modules():
+            if isinstance(module, _BatchNorm) and (self.freeze_bn or not module.weight.requires_grad):
+                module.eval()
+        return self
+
+    def forward(self, images: Images, targets: Targets | None = None) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Train mode: ``images, targets`` -> loss_cls, loss_bbox, loss_dfl. Eval mode: ``images`` -> boxes of each.
+
+        Args:
+            images: pictures (3, H, W) of any sizes, red, green, blue, 0..1; or one tensor (B, 3, H, W).
+            targets: per picture boxes (k, 4), x1, y1, x2, y2 in its pixels, and labels (k,) int64; k may be 0.
+
+        Raises:
+            ValueError: what is wrong with which image or target.
+        """
+        batch, sizes = self.batch(images)
+        if not self.training:
+            classes, edges = self.forward_raw(batch)
+            return self.predict(classes, edges, sizes)
+        boxes, labels = split_targets(targets, len(sizes), self.num_classes)
+        classes, edges = self.forward_raw(batch)
+        width = classes[0].shape[1]
+        return gfl_losses(
+            Maps(tuple(classes), (width,)),
+            Maps(tuple(edges), (4, self.bins)),
+            boxes,
+            labels,
+            sizes,
+            strides=self.strides,
+            centre=self.centre,
+            octave=self.octave,
+            scores=Maps(tuple(self.head.scores(classes, edges)), (width,)) if self.head.quality else None,
+        )
+
+    def batch(self, images: Images) -> tuple[Tensor, Sizes]:
+        """Pictures as one batch (B, 3, H, W), padded with the mean colour, and their (height, width) before that."""
+        return to_batch(images, max(self.strides), self.mean)
+
+    def features(self, images: Images) -> list[Tensor]:
+        """Pictures -> the pyramid's maps (B, channels, H/stride, W/stride), finest first; the head does not run."""
+        return self._features(self.batch(images)[0])
+
+    def forward_raw(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """One batch -> the head's maps; plain tensors in and out, the form for ``torch.export``.
+
+        Args:
+            batch: (B, 3, H, W), red, green, blue, 0..1, sides multiples of the largest stride.
+
+        Returns:
+            per level class logits (B, C, h, w) and edge logits (B, 4*K, h, w).
+        """
+        return self.head(self._features(batch))
+
+    def predict(self, classes: Sequence[Tensor], edges: Sequence[Tensor], sizes: Sizes) -> list[dict[str, Tensor]]:
+        """The head's maps -> per picture boxes (k, 4) in its pixels, scores (k,) falling, labels (k,)."""
+        scores = [s[:, : self.num_classes] for s in self.head.scores(classes, edges)]
+        return predict(scores, edges, sizes, self.strides, self.centre, self.inference)
+
+    def _features(self, batch: Tensor) -> list[Tensor]:
+        batch = ((batch - self.mean) / self.std).to(self.head.gfl_cls.weight.dtype)
+        maps = self.backbone(batch)
+        if getattr(self.backbone, "output_fmt", None) == "NHWC":  # Swin and its kin
+            maps = [m.permute(0, 3, 1, 2) for m in maps]
+        return self.neck(maps)
+
+
+def gfl_r18(num_classes: int = 80, pretrained: bool | str | Path = False, **options: Any) -> GFL:
+    """GFL with ResNet-18, as published: 19,420,889 parameters at 80 classes."""
+    return _published(num_classes, "resnet18", pretrained, options)
+
+
+def gfl_r34(num_classes: int = 80, pretrained: bool | str | Path = False, **options: Any) -> GFL:
+    """GFL with ResNet-34, as published: 29,529,049 parameters at 80 classes."""
+    return _published(num_classes, "resnet34", pretrained, options)
+
+
+def gfl_r50(num_classes: int = 80, pretrained: bool | str | Path = False, **options: Any) -> GFL:
+    """GFL with ResNet-50, as published: 32,440,537 parameters at 80 classes."""
+    return _published(num_classes, "resnet50", pretrained, options)
+
+
+def gfl_r101(num_classes: int = 80, pretrained: bool | str | Path = False, **options: Any) -> GFL:
+    """GFL with ResNet-101, as published: 51,432,665 parameters at 80 classes."""
+    return _published(num_classes, "resnet101", pretrained, options)
+
+
+def _published(num_classes: int, backbone: str, pretrained: bool | str | Path, options: dict[str, Any]) -> GFL:
+    """The published settings freeze the first stage and all statistics, which makes sense only for trained weights."""
+    trained = bool(pretrained)
+    return GFL(num_classes, backbone, pretrained, **{"freeze_bn": trained, "frozen_stages": int(trained), **options})
+
+
+def load_openmmlab(model: GFL, path: str | Path) -> GFL:
+    """Load a checkpoint of OpenMMLab's GFL (or GFLv2, in the release of LD) into a model of the same sizes.
+
+    Published files and those a runner wrote both load, without running any code they name. Returns the model.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint, or one whose tensors do not fit: all missing, unexpected and misshapen names.
+    """
+    renamed = {}
+    for key, value in read_checkpoint(path).items():
+        if key == "bbox_head.integral.project":  # the bins' values, which are 0..K-1 here by construction
+            continue
+        renamed["head." + key.removeprefix("bbox_head.") if key.startswith("bbox_head.") else key] = value
+    explain_mismatch(path, model.state_dict(), renamed)
+    model.load_state_dict(renamed)
+    return model

@@ -1,0 +1,168 @@
+"""`distillkit export`: the student as safetensors, torch.export and ONNX, each compared with the student itself.
+
+What is exported to torch.export and ONNX is the dense part of a detector: a batch of pictures in, class and edge logits of
+every level out. Non-maximum suppression is left to the caller; decode.json says all that decoding needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from distillkit.recipe import Recipe
+from distillkit.training import build, checkpoint
+from distillkit.training.errors import RunError
+
+FORMATS = ("safetensors", "torch-export", "onnx")
+#: largest difference that still counts as the same, in units of the logits
+TOLERANCE = 1e-3
+
+
+class Dense(nn.Module):
+    """A detector without its decoding: (B, 3, H, W) in 0..1 -> class logits of each level, then edge logits of each."""
+
+    def __init__(self, detector: nn.Module):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        classes, edges = self.detector.forward_raw(pictures)  # type: ignore[operator]
+        return (*classes, *edges)
+
+
+def export(
+    recipe: Recipe, weights: Path | None, folder: Path, formats: Sequence[str], console: Console | None = None
+) -> dict[str, float]:
+    """Write the student in each of ``formats`` and compare what was written with it.
+
+    Args:
+        weights: of the student; None: as the recipe has it.
+        folder: gets student.safetensors, student.pt2, student.onnx, and decode.json for the last two.
+        formats: of ``FORMATS``.
+
+    Returns:
+        the largest difference of each format's outputs (safetensors: weights) from the student's.
+
+    Raises:
+        RunError: a format that is not known, a student that has no plain dense part, packages that are missing, or a
+            difference above ``TOLERANCE``.
+    """
+    console = console or Console()
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown:
+        raise RunError(f"unknown format {unknown[0]!r}: one or several of {', '.join(FORMATS)}")
+    data = build.build_data(recipe, "val", augmented=False)
+    student = build.build_model(recipe.student, len(data.classes), recipe.evaluate)
+    if weights is not None:
+        build.load_checkpoint(student, weights)
+    student.eval()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    differences: dict[str, float] = {}
+    if "safetensors" in formats:
+        differences["safetensors"] = _safetensors(student, folder / "student.safetensors")
+    if set(formats) & {"torch-export", "onnx"}:
+        dense, pictures = _dense(student, recipe)
+        with torch.no_grad():
+            wanted = dense(pictures)
+        if "torch-export" in formats:
+            differences["torch-export"] = _torch_export(dense, pictures, wanted, folder / "student.pt2")
+        if "onnx" in formats:
+            differences["onnx"] = _onnx(dense, pictures, wanted, folder / "student.onnx")
+        checkpoint.write_json(folder / "decode.json", _decoding(student, data, pictures))
+        say = "torch-export and onnx hold the dense part, without non-maximum suppression; how to decode: decode.json"
+        console.print(say, highlight=False, soft_wrap=True)
+    for name, difference in differences.items():
+        console.print(f"{name}: largest difference to the student {difference:.2g}", highlight=False, soft_wrap=True)
+    wrong = [name for name, difference in differences.items() if not difference <= TOLERANCE]
+    if wrong:
+        raise RunError(f"{wrong[0]} differs from the student by {differences[wrong[0]]:.2g}, more than {TOLERANCE}")
+    return differences
+
+
+def _dense(student: nn.Module, recipe: Recipe) -> tuple[Dense, Tensor]:
+    """The dense part, and two seeded pictures of the recipe's size, made up to whole cells of the coarsest level."""
+    if not hasattr(student, "forward_raw"):
+        raise RunError(
+            f"{type(student).__name__} has no method forward_raw(batch) -> (class logits, edge logits), the part that "
+            "torch-export and onnx hold; export safetensors, or give it one"
+        )
+    coarsest = max(student.strides)  # type: ignore[arg-type]
+    height, width = (-(-side // coarsest) * coarsest for side in recipe.data.size)
+    generator = torch.Generator().manual_seed(0)
+    return Dense(student).eval(), torch.rand(2, 3, height, width, generator=generator)
+
+
+def _safetensors(student: nn.Module, path: Path) -> float:
+    weights = student.state_dict()
+    checkpoint.save_weights(path, weights)
+    written = checkpoint.load_weights(path)
+    return max(float((written[k].double() - v.double()).abs().max()) for k, v in weights.items() if v.numel())
+
+
+def _torch_export(dense: Dense, pictures: Tensor, wanted: tuple[Tensor, ...], path: Path) -> float:
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(dense, (pictures,), dynamic_shapes=({0: batch},))
+    checkpoint.atomically(path, lambda part: _save_program(program, part))
+    got = torch.export.load(path).module()(pictures)
+    return _largest(got, wanted)
+
+
+def _save_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    with path.open("wb") as file:  # a file object: for a path, torch insists on the suffix .pt2
+        torch.export.save(program, file)
+
+
+def _onnx(dense: Dense, pictures: Tensor, wanted: tuple[Tensor, ...], path: Path) -> float:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError as error:
+        raise RunError(f"onnx needs the package {error.name!r}: pip install 'distillkit[export]'") from error
+    batch = torch.export.Dim("batch", min=1)
+    levels = len(wanted) // 2
+    names = [f"{what}_{i}" for what in ("classes", "edges") for i in range(levels)]
+    program = torch.onnx.export(
+        dense,
+        (pictures,),
+        dynamo=True,
+        dynamic_shapes=({0: batch},),
+        input_names=["pictures"],
+        output_names=names,
+        verbose=False,
+    )
+    assert program is not None
+    checkpoint.atomically(path, lambda part: program.save(part, external_data=False))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    got = session.run(names, {"pictures": pictures.numpy()})
+    return _largest([torch.from_numpy(array) for array in got], wanted)
+
+
+def _largest(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(got, wanted, strict=True))
+
+
+def _decoding(student: Any, data: Any, pictures: Tensor) -> dict[str, Any]:
+    """All that turns the outputs into boxes."""
+    return {
+        "input": "pictures: (batch, 3, height, width), float32, red green blue, 0..1, not normalised",
+        "height": pictures.shape[2],
+        "width": pictures.shape[3],
+        "outputs": "classes_i (batch, classes, h, w) and edges_i (batch, 4*bins, h, w) of each level i, logits",
+        "scores": "sigmoid(classes)",
+        "boxes": "distance of edge e (left, top, right, bottom) = sum over k of softmax(edges[e*bins:(e+1)*bins])[k] * k * "
+        "stride, from the point ((x + centre) * stride, (y + centre) * stride) of cell x, y",
+        "strides": list(student.strides),
+        "bins": student.bins,
+        "centre": student.centre,
+        "classes": list(data.classes),
+        "category_ids": list(data.category_ids),
+        "score": student.inference.score,
+        "nms_iou": student.inference.iou,
+        "most": student.inference.most,
+    }

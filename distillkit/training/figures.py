@@ -1,0 +1,249 @@
+"""The figures of a report, each a matplotlib Figure: curves, pictures with boxes, regions, box distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL.Image import Image
+from PIL.Image import new as new_picture
+from torch import Tensor, nn
+
+from distillkit.adapters import adapter_for
+from distillkit.boxes.anchors import grid_points
+from distillkit.boxes.distribution import encode
+from distillkit.boxes.regions import Main, Valuable
+from distillkit.core.views import BoxTargets, DenseDetections
+from distillkit.core.wrap import Reading, Side
+from distillkit.evaluation.draw import beside, draw_boxes
+
+#: readable on white, and apart for most colour-blind readers (Okabe and Ito)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MAIN, VALUABLE, TRUTH, TEACHER = "#D55E00", "#0072B2", "#222222", "#888888"
+EDGES = ("left", "top", "right", "bottom")
+Sample = tuple[Tensor, dict[str, Any]]
+
+
+def curves(rows: Mapping[str, list[dict[str, Any]]]) -> Figure:
+    """One panel for each loss, over optimizer steps, and one for AP; one line for each job.
+
+    Args:
+        rows: of each job's metrics.jsonl.
+    """
+    train = {job: [r for r in rs if r["kind"] == "train"] for job, rs in rows.items()}
+    scored = {job: [r for r in rs if r["kind"] == "evaluation"] for job, rs in rows.items()}
+    losses = list(dict.fromkeys(name for rs in train.values() for r in rs[:1] for name in r["losses"]))
+    axes = _grid(len(losses) + 1, width=4.2, height=2.9)
+    for axis, title in zip(axes, ["AP on val", *losses], strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.25)
+    for colour, job in zip(_cycle(len(rows)), rows, strict=True):
+        x = [r["step"] for r in scored[job]]
+        axes[0].plot(x, [100 * r["AP"] for r in scored[job]], "o-", ms=3, color=colour, label=job)
+        for axis, name in zip(axes[1:], losses, strict=True):
+            rows_with = [r for r in train[job] if r["losses"].get(name) is not None]
+            values = _smooth(np.array([r["losses"][name] for r in rows_with]))
+            axis.plot([r["step"] for r in rows_with], values, color=colour, label=job, lw=1.2)
+    axes[0].legend(fontsize=8)
+    for axis in axes:
+        axis.set_xlabel("optimizer step", fontsize=8)
+    return axes[0].figure  # type: ignore[return-value]
+
+
+def pictures(samples: Sequence[Sample], models: Mapping[str, nn.Module], classes: Sequence[str], above: float) -> Image:
+    """A row for each picture: the truth, then what each model finds with a score of at least ``above``."""
+    rows: list[Image] = []
+    for image, target in samples:
+        row = [draw_boxes(image, target["boxes"], target["labels"], None, classes, title="truth")]
+        for name, model in models.items():
+            found = _predict(model, image)
+            row.append(draw_boxes(image, found["boxes"], found["labels"], found["scores"], classes, above, name))
+        rows.append(beside(row))
+    sheet = new_picture("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
+    top = 0
+    for line in rows:
+        sheet.paste(line, (0, top))
+        top += line.height
+    return sheet
+
+
+def regions(sample: Sample, student: nn.Module, valuable: Valuable) -> Figure:
+    """Over one picture, level by level, the points of the anchors of the main and of the valuable region."""
+    image, _ = sample
+    view, targets = dense_views([student], sample)[0], _targets(sample, student)
+    inside = {"main": Main().overlaps(view, targets)[0], "valuable": valuable.overlaps(view, targets)[0]}
+    points = grid_points(view.classes.sizes, view.strides, view.centre, "cpu").split(list(view.classes.counts))
+    axes = _grid(len(view.strides), width=3.4, height=3.6)
+    for level, (axis, stride) in enumerate(zip(axes, view.strides, strict=True)):
+        _picture(axis, image, fade=0.45)
+        counts = []
+        for (name, overlaps), colour, size in zip(inside.items(), (MAIN, VALUABLE), (26, 9), strict=True):
+            on = overlaps.cpu().split(list(view.classes.counts))[level] > 0
+            x, y = points[level][on].unbind(1)
+            axis.scatter(x, y, s=size, color=colour, label=name, linewidths=0)
+            counts.append(f"{int(on.sum())} {name}")
+        _outlines(axis, sample[1]["boxes"])
+        axis.set_title(f"stride {stride}: {', '.join(counts)}", fontsize=9)
+    axes[0].legend(fontsize=8, loc="upper right")
+    return axes[0].figure  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One anchor of one picture, and what each model says of its four edges.
+
+    Args:
+        sample: the picture it is in.
+        point: (2,) x, y of the anchor's point, in pixels.
+        box: (4,) its object.
+        stride: of its level, in pixels.
+        bins: (K,) in strides.
+        truth: (4,) distances of the object's edges, in strides.
+        probabilities: (4, K) by the name of the model.
+    """
+
+    sample: Sample
+    point: Tensor
+    box: Tensor
+    stride: int
+    bins: Tensor
+    truth: Tensor
+    probabilities: dict[str, Tensor]
+
+
+def most_disputed(samples: Sequence[Sample], models: Mapping[str, nn.Module]) -> Edge | None:
+    """Of every object's best anchor, the one where the first model (the teacher) and the second (the student alone)
+    differ most about the edges, by KL divergence; None where no anchor is in the main region."""
+    best: Edge | None = None
+    furthest = -1.0
+    teacher, alone, *_ = models
+    for sample in samples:
+        student = models[alone]
+        views = dict(zip(models, dense_views(list(models.values()), sample), strict=True))
+        mine, targets = views[alone], _targets(sample, student)
+        overlaps = Main().overlaps(mine, targets)[0].cpu()
+        said = {name: _probabilities(view if name == alone else view.match(mine)) for name, view in views.items()}
+        points = grid_points(mine.classes.sizes, mine.strides, mine.centre, "cpu")
+        strides = torch.cat([torch.full((n,), s) for n, s in zip(mine.classes.counts, mine.strides, strict=True)])
+        for box in sample[1]["boxes"]:
+            middle = (points >= box[:2]).all(1) & (points <= box[2:]).all(1)
+            at = int((overlaps * middle).argmax())
+            if overlaps[at] * middle[at] <= 0:
+                continue
+            t, s = said[teacher][at], said[alone][at]
+            distance = float((t * (t.clamp(min=1e-9).log() - s.clamp(min=1e-9).log())).sum())
+            if distance > furthest:
+                furthest = distance
+                truth = encode(points[at : at + 1], box[None])[0] / strides[at]
+                best = Edge(
+                    sample,
+                    points[at],
+                    box,
+                    int(strides[at]),
+                    mine.bins.cpu(),
+                    truth,
+                    {n: p[at] for n, p in said.items()},
+                )
+    return best
+
+
+def distributions(edge: Edge) -> Figure:
+    """The picture with the object and the anchor's point, and beside it what each model says of the four edges."""
+    figure = Figure(figsize=(15, 3.1), layout="constrained")
+    axes = figure.subplots(1, 5)
+    _picture(axes[0], edge.sample[0])
+    _outlines(axes[0], edge.box[None], colour=MAIN)
+    axes[0].plot(*edge.point.tolist(), "+", color=MAIN, ms=12, mew=2)
+    colours = (TEACHER, *_cycle(len(edge.probabilities) - 1))
+    for i, (axis, name) in enumerate(zip(axes[1:], EDGES, strict=True)):
+        for (model, rows), colour in zip(edge.probabilities.items(), colours, strict=True):
+            if model == next(iter(edge.probabilities)):
+                axis.bar(edge.bins, rows[i], color=colour, alpha=0.45, width=0.8, label=model)
+            else:
+                axis.plot(edge.bins, rows[i], "o-", color=colour, ms=3, lw=1.2, label=model)
+        axis.axvline(float(edge.truth[i]), color=TRUTH, ls="--", lw=1, label="truth")
+        axis.set_title(f"{name} edge", fontsize=10)
+        axis.set_xlabel(f"distance from the point, strides of {edge.stride} px", fontsize=8)
+    axes[1].set_ylabel("probability", fontsize=8)
+    axes[-1].legend(fontsize=8)
+    return figure
+
+
+@torch.no_grad()
+def dense_views(models: Sequence[nn.Module], sample: Sample) -> list[DenseDetections]:
+    """What each detector's head says of one picture. Raises ViewError for a model whose head is not known."""
+    views = []
+    for model in models:
+        side = Side("model", model.eval(), adapter_for(model), [Reading(DenseDetections, None)])
+        try:
+            _, read = side.run(([sample[0].to(_device(model))],), {}, exit_early=False)
+        finally:
+            side.taps.remove()
+        (view,) = read.values()
+        assert isinstance(view, DenseDetections)
+        views.append(view)
+    return views
+
+
+def _probabilities(view: DenseDetections) -> Tensor:
+    """(N, 4, K) of the only picture."""
+    assert view.edges is not None
+    return view.edges.all()[0].float().softmax(-1).cpu()
+
+
+def _targets(sample: Sample, model: nn.Module) -> BoxTargets:
+    image, target = sample
+    device = _device(model)
+    size = (image.shape[-2], image.shape[-1])
+    return BoxTargets([target["boxes"].to(device)], [target["labels"].to(device)], [size])
+
+
+@torch.no_grad()
+def _predict(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    (found,) = model.eval()([image.to(_device(model))])
+    return {name: value.cpu() for name, value in found.items()}
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _picture(axis: Axes, image: Tensor, fade: float = 0.0) -> None:
+    """Draw a picture (3, H, W), lightened by ``fade``."""
+    axis.imshow((image * (1 - fade) + fade).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+    axis.set(xticks=[], yticks=[], xlim=(-0.5, image.shape[2] - 0.5), ylim=(image.shape[1] - 0.5, -0.5))
+
+
+def _outlines(axis: Axes, boxes: Tensor, colour: str = TRUTH) -> None:
+    for x1, y1, x2, y2 in boxes.tolist():
+        axis.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, edgecolor=colour, lw=1.4))
+
+
+def _grid(panels: int, width: float, height: float) -> list[Axes]:
+    """At most four panels in a row."""
+    columns = min(panels, 4)
+    lines = -(-panels // columns)
+    figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axis in axes[panels:]:
+        axis.remove()
+    return axes[:panels]
+
+
+def _cycle(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Mean over a window of 1/20 of the run, so that the trend shows."""
+    width = max(len(values) // 20, 1)
+    ends = np.concatenate([[0.0], np.cumsum(values)])
+    right = np.arange(1, len(values) + 1)
+    left = np.maximum(right - width, 0)
+    return (ends[right] - ends[left]) / (right - left)

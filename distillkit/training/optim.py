@@ -1,0 +1,120 @@
+"""Optimizer, learning rate as a function of the step, and the moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from distillkit.training.errors import RunError
+
+if TYPE_CHECKING:
+    from distillkit.recipe import Optimizer as OptimizerConfig
+    from distillkit.recipe import Schedule as ScheduleConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """SGD or AdamW over every parameter of ``model`` that takes a gradient, in up to four groups.
+
+    Without decay, if ``no_decay_norm``: parameters of fewer than two dimensions (norms, biases, scales). With the
+    learning rate times ``backbone_lr``: parameters below a module called ``backbone``.
+
+    Raises:
+        RunError: nothing to train, or a ``backbone_lr`` for a model without a backbone.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            backbone = config.backbone_lr != 1.0 and "backbone" in name.split(".")
+            plain = config.no_decay_norm and parameter.ndim < 2
+            groups.setdefault((backbone, plain), []).append(parameter)
+    if not groups:
+        raise RunError("the model has no parameter that takes a gradient: nothing to train")
+    if config.backbone_lr != 1.0 and not any(backbone for backbone, _ in groups):
+        raise RunError(
+            f"train.optimizer.backbone_lr is {config.backbone_lr}, but no trained parameter lies below a module called "
+            "'backbone'; remove backbone_lr"
+        )
+    settings = [
+        {
+            "params": parameters,
+            "lr": config.lr * (config.backbone_lr if backbone else 1.0),
+            "weight_decay": 0.0 if plain else config.weight_decay,
+        }
+        for (backbone, plain), parameters in groups.items()
+    ]
+    if config.kind == "sgd":
+        return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(settings, lr=config.lr)
+
+
+def learning_rate_factor(step: int, total: int, epochs: int, config: ScheduleConfig) -> float:
+    """What the learning rates are multiplied by at optimizer step ``step`` (0 <= step < total), between 0 and 1.
+
+    ``step``: times ``gamma`` from each milestone (an epoch) on. ``cosine``: half a cosine from 1 after the warm-up
+    down to ``min_factor``. Warm-up multiplies by a line from ``warmup_factor`` at step 0 to 1 at step ``warmup``.
+
+    Raises:
+        RunError: a warm-up that the run would not leave.
+    """
+    if config.warmup >= total:
+        raise RunError(
+            f"train.schedule.warmup is {config.warmup} steps, but the whole run has {total}: the learning rate would "
+            "never be reached; shorten the warm-up or train for more epochs"
+        )
+    factor = 1.0
+    if config.kind == "step":
+        factor = config.gamma ** sum(step >= milestone * total / epochs for milestone in config.milestones)
+    elif config.kind == "cosine":
+        t = max(step - config.warmup, 0) / (total - config.warmup)
+        factor = config.min_factor + (1 - config.min_factor) * 0.5 * (1 + math.cos(math.pi * t))
+    if step < config.warmup:
+        factor *= config.warmup_factor + (1 - config.warmup_factor) * step / config.warmup
+    return factor
+
+
+class MovingAverage:
+    """Exponential moving average of a model's weights and buffers: ``average += (1 - d) * (weights - average)``.
+
+    ``d = min(decay, (1 + n) / (10 + n))`` after n updates, so that a short run does not carry its random start along.
+    Whole-number buffers (BatchNorm's counter) are copied.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        if not 0 <= decay < 1:
+            raise RunError(f"train.ema must be in [0, 1), got {decay}")
+        self.decay = decay
+        self.updates = 0
+        self.weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                self.weights[name].lerp_(value, 1 - decay)
+            else:
+                self.weights[name].copy_(value)
+
+    @contextmanager
+    def in_place_of(self, model: nn.Module) -> Iterator[None]:
+        """Within the block ``model`` holds the average; afterwards its own weights again, bit for bit."""
+        own = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        model.load_state_dict(self.weights)
+        try:
+            yield
+        finally:
+            model.load_state_dict(own)
+
+    def state_dict(self) -> dict[str, int | dict[str, Tensor]]:
+        return {"updates": self.updates, "weights": self.weights}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state["updates"]
+        for name, value in state["weights"].items():
+            self.weights[name].copy_(value)

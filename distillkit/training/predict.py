@@ -1,0 +1,99 @@
+"""`distillkit predict`: pictures in; drawn pictures and predictions.json out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from distillkit.data.transforms import Resize, sample_of
+from distillkit.evaluation.draw import draw_boxes
+from distillkit.recipe import Recipe
+from distillkit.training import build, checkpoint
+from distillkit.training.errors import RunError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def predict(recipe: Recipe, weights: Path | None, images: list[Path], folder: Path) -> list[dict[str, Any]]:
+    """Find objects in pictures with a recipe's student.
+
+    Args:
+        weights: of the student; None: as the recipe has it. Boxes below the recipe's ``evaluate.score`` are left out.
+        images: pictures, or folders of them.
+        folder: gets each picture with its boxes, NAME.png, and predictions.json.
+
+    Returns:
+        what predictions.json holds, one row a box in COCO's result format: file, image_id (from 1, in the order of the
+        pictures), category_id, category, bbox (x, y, width, height in pixels of the picture), score.
+
+    Raises:
+        RunError: no pictures, one that cannot be read, or two of one name.
+    """
+    data = build.build_data(recipe, "val", augmented=False)
+    model = build.build_model(recipe.student, len(data.classes), recipe.evaluate)
+    if weights is not None:
+        build.load_checkpoint(model, weights)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model.to(device).eval()
+    resize = Resize((recipe.data.size[0], recipe.data.size[1]), recipe.data.keep_ratio)
+    rows: list[dict[str, Any]] = []
+    for number, (path, drawn) in enumerate(_named(images, folder), 1):
+        picture = _read(path)
+        image, target = _prepared(picture, resize)
+        with torch.inference_mode():
+            (found,) = model([image.to(device)])
+        boxes = found["boxes"].cpu() / torch.tensor([*target["scale"]] * 2)
+        labels, scores = found["labels"].cpu(), found["scores"].cpu()
+        shown = draw_boxes(picture, boxes, labels, scores, data.classes)
+        checkpoint.atomically(drawn, lambda part, shown=shown: shown.save(part, format="png"))  # type: ignore[misc]
+        for box, label, score in zip(boxes.tolist(), labels.tolist(), scores.tolist(), strict=True):
+            x1, y1, x2, y2 = box
+            rows.append(
+                {
+                    "file": str(path),
+                    "image_id": number,
+                    "category_id": data.category_ids[label],
+                    "category": data.classes[label],
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "score": score,
+                }
+            )
+    checkpoint.write_json(folder / "predictions.json", rows)
+    return rows
+
+
+def _named(images: list[Path], folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Each picture and the file it is drawn to."""
+    paths = [p for path in images for p in (_inside(path) if path.is_dir() else [path])]
+    if not paths:
+        raise RunError(f"no picture in {', '.join(map(str, images))} (looked for {', '.join(SUFFIXES)})")
+    seen: dict[str, Path] = {}
+    for path in paths:
+        other = seen.setdefault(path.stem, path)
+        if other is not path:
+            raise RunError(f"{path} and {other} would both be drawn to {path.stem}.png: rename one, or call twice")
+    yield from ((path, folder / f"{path.stem}.png") for path in paths)
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+
+
+def _read(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RunError(f"{path}: cannot be read as a picture ({error})") from error
+
+
+def _prepared(picture: Image.Image, resize: Resize) -> tuple[Tensor, dict[str, Any]]:
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+    nothing = sample_of(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    return resize([nothing], torch.Generator())

@@ -1,0 +1,67 @@
+"""The progress of one job: a Rich bar with losses and time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+#: Optimizer steps between two plain lines.
+LINE_EVERY = 50
+
+
+class Progress:
+    """Shows a job's steps.
+
+    Args:
+        name: of the job.
+        total, done: optimizer steps in all, and those done before this start.
+        epochs: of the job.
+        console: where to; None shows nothing (all processes but the first).
+    """
+
+    def __init__(self, name: str, total: int, done: int, epochs: int, console: Console | None):
+        self.name, self.total, self.first, self.epochs, self.console = name, total, done, epochs, console
+        self.last_line = done
+        self.started = time.monotonic()
+        self.bar: Bar | None = None
+        if console and console.is_terminal:
+            name_column, losses = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
+            self.bar = Bar(
+                name_column, BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), losses, console=console
+            )
+            self.task = self.bar.add_task(escape(name), total=total, completed=done, text="")
+
+    def __enter__(self) -> Progress:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def show(self, step: int, epoch: int, losses: dict[str, float]) -> None:
+        """``step`` optimizer steps are done, the last one with these losses in epoch ``epoch`` (from 0)."""
+        text = f"epoch {epoch + 1}/{self.epochs}  " + "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        if self.bar:
+            self.bar.update(self.task, completed=step, text=escape(text))
+        elif self.console and (step - self.last_line >= LINE_EVERY or step == self.total):
+            self.last_line = step
+            left = (time.monotonic() - self.started) / (step - self.first) * (self.total - step)
+            self._line(f"step {step}/{self.total}  {text}  {_minutes(left)} left")
+
+    def say(self, text: str) -> None:
+        if self.console:
+            self._line(text)
+
+    def _line(self, text: str) -> None:
+        assert self.console is not None
+        self.console.print(f"{self.name}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

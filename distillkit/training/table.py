@@ -1,0 +1,45 @@
+"""The table of a run: table.json, table.md, on the console and in the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from distillkit.training import checkpoint
+
+#: one row: row (its name), AP, AP50, AP75 (0..1), parameters, minutes of training (None: it came trained)
+Row = dict[str, Any]
+
+
+def write_table(folder: Path, rows: list[Row]) -> None:
+    """table.json with the numbers, table.md as it is printed."""
+    head, *body = cells(rows)
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
+    checkpoint.write_text(folder / "table.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    checkpoint.write_json(folder / "table.json", rows)
+
+
+def cells(rows: list[Row]) -> list[list[str]]:
+    """Header and rows as texts: AP in per cent, "-" for the training minutes of a model that came trained."""
+    body = [
+        [
+            row["row"],
+            *(f"{100 * row[key]:.1f}" for key in ("AP", "AP50", "AP75")),
+            f"{row['parameters'] / 1e6:.2f} M",
+            "-" if row["minutes"] is None else f"{row['minutes']:.1f}",
+        ]
+        for row in rows
+    ]
+    return [["row", "AP", "AP50", "AP75", "parameters", "minutes"], *body]
+
+
+def rich_table(rows: list[Row]) -> Table:
+    head, *body = cells(rows)
+    table = Table(*head)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for line in body:
+        table.add_row(*line)
+    return table

@@ -1,0 +1,259 @@
+"""The adapter of dense heads: it proves itself, matches unequal heads, and lets the teacher do no more than is read."""
+
+import logging
+import os
+
+import pytest
+import torch
+from torch import nn
+
+import distillkit
+from distillkit import LD, BoxTargets, DenseDetections, DistributionHead, FeatureImitation, LogitKD, Main, Valuable
+from distillkit.boxes.distribution import decode, encode, integral
+from distillkit.boxes.maps import Maps
+from distillkit.core.errors import AdapterError, TapError, ViewError
+from distillkit.models.gfl import GFL
+
+SMALL = {"channels": 16, "convs": 1, "groups": 4, "bins": 8, "strides": (8, 16, 32)}
+GFL_HEAD = {"classes": "head.gfl_cls", "edges": "head.scales.*", "strides": (8, 16, 32), "bins": 8}
+
+
+def detector(classes: int = 3, sure: bool = True, **options) -> GFL:
+    """A small GFL that predicts something: its class logits are not all near the prior."""
+    torch.manual_seed(0)
+    model = GFL(classes, "test_resnet", **{**SMALL, **options})
+    if sure:
+        nn.init.zeros_(model.head.gfl_cls.bias)
+        nn.init.normal_(model.head.gfl_reg.weight, std=0.3)
+        for i, scale in enumerate(model.head.scales):
+            nn.init.constant_(scale.scale, 1.5 + i)
+    return model
+
+
+def scene() -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+    g = torch.Generator().manual_seed(0)
+    images = [torch.rand(3, 64, 96, generator=g), torch.rand(3, 96, 64, generator=g)]
+    boxes = torch.tensor([[8.0, 8, 40, 50], [30, 20, 60, 60]])
+    return images, [{"boxes": boxes, "labels": torch.tensor([0, 2])}, {"boxes": boxes[:1], "labels": torch.tensor([1])}]
+
+
+def test_a_detector_named_by_paths_gives_the_same_as_one_that_is_known():
+    student, teacher = detector(sure=False), detector()
+    known = distillkit.wrap(student, teacher, [LD(Main()), LD(Valuable()), LogitKD(Main())])
+    a = known(*scene())
+    assert known._teacher_sides["teacher"].unproven is False
+    known.unwrap()
+    named = distillkit.wrap(student, teacher, [LD(Main()), LD(Valuable()), LogitKD(Main())], adapter=DistributionHead(**GFL_HEAD))
+    b = named(*scene())
+    assert list(a) == ["loss_cls", "loss_bbox", "loss_dfl", "ld_main", "ld_valuable", "kd_main", "output"]
+    for name in list(a)[:-1]:
+        torch.testing.assert_close(a[name], b[name])
+        assert a[name] > 0
+
+
+def test_a_tap_before_the_scale_is_found_out():
+    head = DistributionHead(**{**GFL_HEAD, "edges": "head.gfl_reg"})
+    model = distillkit.wrap(detector(), distillkit.Teacher(detector(), adapter=DistributionHead(**GFL_HEAD)), [LD()], adapter=head)
+    with pytest.raises(AdapterError, match=r"student: the tapped distributions do not explain.*head\.gfl_reg"):
+        model(*scene())
+
+
+def test_a_wrong_centre_is_found_out_and_the_right_one_named():
+    head = DistributionHead(**GFL_HEAD, centre=0.5)
+    model = distillkit.wrap(detector(), detector(), [LD()], adapter=head)
+    with pytest.raises(AdapterError, match=r"With centre=0\.0 it would fit"):
+        model(*scene())
+
+
+def test_a_model_that_predicts_nothing_yet_is_proven_later():
+    student = detector(sure=False)
+    model = distillkit.wrap(student, detector(), [LD()])
+    model(*scene())
+    assert model._student_side.unproven
+    nn.init.constant_(student.head.gfl_cls.bias, 1.0)
+    for _ in range(3):  # looked at again at calls 2, 4, 8, ...
+        model(*scene())
+    assert not model._student_side.unproven
+
+
+def test_the_proof_leaves_modes_and_statistics_as_they_were():
+    student = detector()
+    student.backbone.eval()
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    model = distillkit.wrap(student, detector(), [LD()])
+    model(*scene())
+    assert not student.backbone.conv1.training
+    assert student.head.training
+    assert all(torch.equal(before[k], v) for k, v in student.state_dict().items())
+
+
+def test_a_detector_that_predicts_in_another_form():
+    class Raw(GFL):
+        def forward(self, images, targets=None):
+            return super().forward(images, targets) if self.training else super().forward(images)[0]["boxes"]
+
+    torch.manual_seed(0)
+    student = Raw(3, "test_resnet", **SMALL)
+    model = distillkit.wrap(student, detector(), [LD()])
+    with pytest.raises(AdapterError, match=r"in eval mode the detector returns Tensor.*dict\(boxes"):
+        model(*scene())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bins": 9}, r"32 channels.*4 edges x 9 bins"),
+        ({"strides": (8, 16)}, r"fired 3 times in one forward, declared 2"),
+        ({"edges": ["head.scales.0"]}, r"1 paths for 3 strides"),
+        ({"classes": "head.cls"}, r"nearest:.*'head.gfl_cls'"),
+    ],
+)
+def test_wrong_names_and_numbers(change, message):
+    with pytest.raises((ViewError, TapError), match=message):
+        distillkit.wrap(detector(), detector(), [LD()], adapter=DistributionHead(**{**GFL_HEAD, **change}))(*scene())
+
+
+def test_different_bins_and_classes_are_named():
+    with pytest.raises(ValueError, match="8 bins an edge, the teacher 6"):
+        distillkit.wrap(detector(), detector(bins=6), [LD()])(*scene())
+    with pytest.raises(ValueError, match="3 classes, the teacher 4"):
+        distillkit.wrap(detector(), detector(classes=4), [LogitKD(Main())])(*scene())
+    distillkit.wrap(detector(), detector(classes=4), [LD()])(*scene())  # LD does not look at classes
+
+
+def test_a_level_without_partner():
+    with pytest.raises(ViewError, match=r"distiller 'ld_main': the student's level of stride 32 has no partner.*\(8, 16\)"):
+        distillkit.wrap(detector(), detector(strides=(8, 16)), [LD()])(*scene())
+
+
+def test_a_teachers_extra_level_is_left_out_and_named(caplog):
+    model = distillkit.wrap(detector(strides=(8, 16)), detector(), [LD()])
+    with caplog.at_level(logging.INFO, "distillkit"):
+        model([torch.rand(3, 64, 64)], scene()[1][:1])
+    assert "level of stride 32 is left out" in caplog.text
+
+
+def test_bad_targets():
+    model = distillkit.wrap(detector(), detector(), [LD()])
+    with pytest.raises((ViewError, ValueError), match="boxes"):
+        model(scene()[0], [{"labels": torch.tensor([1])}, {}])
+
+
+def test_only_features_read_the_teachers_head_does_not_run():
+    teacher = detector()
+    ran = []
+    for name, module in teacher.named_modules():
+        module.register_forward_hook(lambda m, a, o, name=name: ran.append(name))
+    model = distillkit.wrap(detector(), teacher, [FeatureImitation("whole")])
+    losses = model(*scene())
+    assert losses["imitation"].requires_grad
+    assert "neck" in ran
+    assert not any(name.startswith("head") for name in ran)
+
+
+def test_features_of_another_width_get_a_projection_that_is_trained():
+    student = detector()
+    model = distillkit.wrap(student, detector(channels=32, groups=8), [FeatureImitation("whole")])
+    losses = model(*scene())
+    losses.total.backward()
+    projections = [p for n, p in model.named_parameters() if "projections" in n]
+    assert projections
+    assert all(p.grad is not None for p in projections)
+    assert list(student.state_dict()) == list(detector().state_dict())
+
+
+def test_gflv2_scores_are_logit_times_quality():
+    model = detector(quality=True)
+    wrapped = distillkit.wrap(model, detector(quality=True), [LD()])
+    wrapped(*scene())
+    reading = next(iter(wrapped._student_side.places))
+    _, views = wrapped._student_side.run(scene(), {}, exit_early=False)
+    view = views[reading]
+    classes, edges = model.forward_raw(model.batch(scene()[0])[0])
+    for got, wanted in zip(view.scores.levels, model.head.scores(classes, edges), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_detector_pair_compiles_without_a_graph_break():
+    torch.manual_seed(0)
+    distillers = [LD(Main(), dense=True), LD(Valuable(), dense=True), LogitKD(Main(), dense=True)]
+    images, targets = torch.rand(2, 3, 64, 64), scene()[1]
+
+    class Criterion(GFL):  # the student's task loss is not what is compiled here: its boxes are decoded outside
+        def forward(self, images, targets=None):
+            return self.forward_raw(self.batch(images)[0])
+
+    student = Criterion(3, "test_resnet", **SMALL)
+    teacher = Criterion(3, "test_resnet", **SMALL)
+    teacher.load_state_dict(detector().state_dict())
+    head = NoProof(**GFL_HEAD)
+    model = distillkit.wrap(student, teacher, distillers, criterion=lambda out, t: out[0][0].sigmoid().mean(), adapter=head)
+    eager = model(images, targets)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(images, targets)
+    for name in ("ld_main", "ld_valuable", "kd_main"):
+        assert eager[name] > 0
+        torch.testing.assert_close(compiled[name], eager[name], rtol=1e-4, atol=1e-6)
+
+
+class NoProof(DistributionHead):
+    def needs_proof(self, kind):
+        return False
+
+
+# ---- matching
+
+
+def dense(centre: float, logits: torch.Tensor, strides=(8,)) -> DenseDetections:
+    maps = tuple(logits for _ in strides)
+    classes = tuple(torch.zeros(1, 2, *m.shape[-2:]) for m in maps)
+    return DenseDetections(Maps(classes, (2,)), Maps(maps, (4, 8)), strides, centre=centre)
+
+
+def test_distributions_seen_from_another_point_mean_the_same_box():
+    g = torch.Generator().manual_seed(0)
+    box = torch.tensor([[20.0, 17.0, 52.0, 50.0]])
+    corner, middle = torch.tensor([[32.0, 32.0]]), torch.tensor([[36.0, 36.0]])
+    distances = encode(corner, box)[0] / 8
+    low = distances.floor()
+    p = torch.zeros(4, 8)
+    p[range(4), low.long()] = 1 - (distances - low)
+    p[range(4), low.long() + 1] = distances - low
+    logits = (p + 1e-9).log().reshape(1, 32, 1, 1) + torch.randn(1, generator=g)
+    teacher, student = dense(0.0, logits), dense(0.5, torch.zeros(1, 32, 1, 1))
+    seen = teacher.match(student).edges.all()[0]
+    torch.testing.assert_close(decode(middle, integral(seen) * 8), box, rtol=1e-4, atol=1e-3)
+
+
+# ---- somebody else's detectors
+
+DATA = os.environ.get("DISTILLKIT_DATA")
+
+
+@pytest.mark.skipif(not DATA, reason="set DISTILLKIT_DATA to the folder that holds weights_nanodet and coco_mini")
+def test_nanodets_are_matched_and_prove_themselves(caplog):
+    from distillkit.data.coco import CocoDetection
+    from distillkit.data.transforms import Resize
+    from distillkit.models.nanodet import nanodet
+
+    data = CocoDetection(f"{DATA}/coco_mini", "annotations/val.json", transform=Resize((416, 416)))
+    image, target = data[(0, 0)]
+    student, teacher = nanodet("nanodet-m"), nanodet("nanodet-plus-m_416")
+    model = distillkit.wrap(student, teacher, [LD(Main()), LD(Valuable()), LogitKD(Main())])
+    with caplog.at_level(logging.INFO, "distillkit"):
+        losses = model([image], [target])
+    assert not model._student_side.unproven
+    assert not model._teacher_sides["teacher"].unproven
+    assert "stride 64" in caplog.text
+    assert "moved by 0.5 strides" in caplog.text
+    losses.total.backward()
+
+    views = {}
+    student.eval()
+    for side in (model._student_side, model._teacher_sides["teacher"]):
+        with torch.no_grad():
+            views[side.role] = next(iter(side.run(*side.adapter.without_targets(([image], [target]), {}), exit_early=False)[1].values()))
+    targets = BoxTargets([target["boxes"]], [target["labels"]], [(416, 416)])
+    matched = views["teacher"].match(views["student"])
+    naive = distillkit.core.views.replace(matched, edges=Maps(matched.edges.levels, matched.edges.shape))
+    loss = LD(Main(), temperature=1.0, anchor_weight="one")
+    assert loss(views["student"], naive, targets) > 1.3 * loss(views["student"], matched, targets)

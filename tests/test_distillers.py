@@ -1,0 +1,460 @@
+"""The distillers: closed forms, invariances, the two paths, what goes wrong by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.ops import nms
+
+from distillkit.boxes.fcos import FCOSMain, FCOSValuable
+from distillkit.boxes.maps import Maps
+from distillkit.boxes.merged import Merged
+from distillkit.boxes.regions import Main, MainAndValuable, Valuable, matched
+from distillkit.core.teacher import EMATeacher, Teacher
+from distillkit.core.views import BoxTargets, ClassLogits, DenseDetections, Features
+from distillkit.distillers.feature_imitation import FeatureImitation, best_apart, general_instances
+from distillkit.distillers.ld import LD
+from distillkit.distillers.logit_kd import LogitKD
+from distillkit.distillers.self_ld import SelfLD
+
+STRIDES, SIZES, PICTURE = (8, 16, 32), ((8, 10), (4, 5), (2, 3)), (64, 80)
+BOXES = [
+    torch.tensor([[5.3, 7.1, 38.2, 41.7], [44.9, 12.4, 70.6, 60.3]]),
+    torch.tensor([[20.1, 30.2, 52.7, 61.9]]),
+    torch.zeros(0, 4),
+    torch.tensor([[3.2, 2.7, 61.4, 55.8], [30.3, 33.1, 47.2, 52.4], [55.5, 5.9, 76.3, 27.7]]),
+]
+REGIONS: dict[str, Any] = {
+    "main": Main(),
+    "valuable": Valuable(),
+    "released": Valuable(measure="release"),
+    "both": MainAndValuable(),
+    "merged": Merged(),
+    "fcos": FCOSMain(),
+    "fcos valuable": FCOSValuable(),
+}
+
+
+def detections(seed: int, images: int = 4, classes: int = 3, bins: int = 9, grad: bool = False) -> DenseDetections:
+    g = torch.Generator().manual_seed(seed)
+    make = [torch.randn(images, c, h, w, generator=g) for c in (classes, 4 * bins) for h, w in SIZES]
+    make = [m.requires_grad_(grad) for m in make]
+    return DenseDetections(Maps(tuple(make[:3]), (classes,)), Maps(tuple(make[3:]), (4, bins)), STRIDES)
+
+
+def features(seed: int, images: int = 4, width: int = 6, grad: bool = False) -> Features:
+    g = torch.Generator().manual_seed(seed)
+    return Features(tuple(torch.randn(images, width, h, w, generator=g).requires_grad_(grad) for h, w in SIZES))
+
+
+def targets(boxes: list[Tensor] = BOXES) -> BoxTargets:
+    return BoxTargets(list(boxes), [torch.zeros(len(b), dtype=torch.int64) for b in boxes], [PICTURE] * len(boxes))
+
+
+def both_views(seed: int, grad: bool = False) -> tuple[Features, DenseDetections]:
+    return features(seed, grad=grad), detections(seed, grad=grad)
+
+
+def dense_distillers(**options: Any) -> dict[str, Any]:
+    made: dict[str, Any] = {f"ld {name}": LD(region, **options) for name, region in REGIONS.items()}
+    made |= {f"kd {name}": LogitKD(region, **options) for name, region in REGIONS.items()}
+    made["kd sigmoid"] = LogitKD(Main(), protocol="sigmoid", **options)
+    return made
+
+
+def imitations(**options: Any) -> dict[str, FeatureImitation]:
+    return {f"imitation {r}": FeatureImitation(r, **options) for r in ("boxes", "fine-grained", "gi")}
+
+
+def views_for(distiller: Any, seed: int, grad: bool = False) -> Any:
+    return both_views(seed, grad) if isinstance(distiller.reads, tuple) else detections(seed, grad=grad)
+
+
+def leaves(view: Any) -> list[Tensor]:
+    parts = view if isinstance(view, tuple) else (view,)
+    return [t for part in parts for t in part.tensors()]
+
+
+ALL = list(dense_distillers()) + list(imitations())
+
+
+def make(name: str, **options: Any) -> Any:
+    return dense_distillers(**options)[name] if name in dense_distillers() else imitations()[name]
+
+
+# ---- mathematics
+
+
+def test_ld_is_its_formula_written_with_loops() -> None:
+    student, teacher, t = detections(0), detections(1), targets()
+    temperature, total = 4.0, 0.0
+    scores, s, z = student.classes.all().sigmoid(), student.edges.all(), teacher.edges.all()
+    for image, m in enumerate(matched(student, t)):
+        for anchor in (m.assignment.gt_index >= 0).nonzero()[:, 0].tolist():
+            for edge in range(4):
+                p = (z[image, anchor, edge] / temperature).softmax(0)
+                q = (s[image, anchor, edge] / temperature).softmax(0)
+                row = temperature**2 * sum((a * (a / b).log()).item() for a, b in zip(p, q, strict=True)) / len(p)
+                total += scores[image, anchor].max().item() * row / 4
+    assert LD(Main(), temperature)(student, teacher, t).item() == pytest.approx(total * 3 / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("region", ["main", "valuable", "both"])
+def test_ld_equals_the_release_at_its_three_images(region: str) -> None:
+    student, teacher = detections(0, images=3), detections(1, images=3)
+    default = LD(REGIONS[region])(student, teacher, targets(BOXES[:3]))
+    release = LD(REGIONS[region], convention="release")(student, teacher, targets(BOXES[:3]))
+    assert default.item() == pytest.approx(release.item(), rel=1e-6)
+
+
+def test_both_regions_at_once_are_their_sum() -> None:
+    student, teacher = detections(0), detections(1)
+    apart = sum(LD(r)(student, teacher, targets()) for r in (Main(), Valuable()))
+    assert LD(MainAndValuable())(student, teacher, targets()).item() == pytest.approx(apart.item(), rel=1e-6)
+
+
+def test_a_step_of_ld_moves_the_edge_where_the_teacher_has_it() -> None:
+    student = detections(0, bins=9, grad=True)
+    peak = torch.zeros(9)
+    peak[3] = 6.0
+    for m in student.edges.levels:
+        m.data = peak.repeat(4)[None, :, None, None].expand_as(m).clone()
+    teacher = dataclasses.replace(
+        student, edges=Maps(tuple(m.detach().roll(1, 1) for m in student.edges.levels), (4, 9))
+    )
+    loss = LD(Main(), temperature=2)(student, teacher, targets())
+    assert loss > 0
+    (gradient,) = torch.autograd.grad(loss, student.edges.levels[0])
+    before = student.edges.levels[0].detach()
+    values = torch.arange(9.0)
+    move = ((before - 0.1 * gradient).unflatten(1, (4, 9)).softmax(2) - before.unflatten(1, (4, 9)).softmax(2)).permute(
+        0, 1, 3, 4, 2
+    ) @ values
+    touched = gradient.abs().unflatten(1, (4, 9)).sum(2) > 0
+    assert touched.any()
+    assert (move[touched] > 0).all()
+
+
+def test_classifier_softmax_is_hintons_loss() -> None:
+    g = torch.Generator().manual_seed(0)
+    s, t = torch.randn(5, 7, generator=g, requires_grad=True), torch.randn(5, 7, generator=g)
+    loss = LogitKD(temperature=3)(ClassLogits(s), ClassLogits(t), None)
+    expected = F.kl_div((s / 3).log_softmax(1), (t / 3).softmax(1), reduction="batchmean") * 9
+    torch.testing.assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, s)
+    torch.testing.assert_close(gradient, 3 * ((s / 3).softmax(1) - (t / 3).softmax(1)) / 5)
+
+
+def test_classifier_sigmoid_gradient_and_zero() -> None:
+    g = torch.Generator().manual_seed(0)
+    s, t = torch.randn(5, 1, generator=g, requires_grad=True), torch.randn(5, 1, generator=g)
+    kd = LogitKD(temperature=2, protocol="sigmoid")
+    (gradient,) = torch.autograd.grad(kd(ClassLogits(s), ClassLogits(t), None), s)
+    torch.testing.assert_close(gradient, 2 * ((s / 2).sigmoid() - (t / 2).sigmoid()) / 5)
+    assert kd(ClassLogits(t), ClassLogits(t), None).abs() < 1e-7
+
+
+def test_dense_sigmoid_averages_over_classes_and_anchors() -> None:
+    student, teacher = detections(0, grad=True), detections(1)
+    loss = LogitKD(Main(), protocol="sigmoid", temperature=2)(student, teacher, targets())
+    gradients = torch.autograd.grad(loss, student.classes.levels)
+    got = Maps(gradients, (3,)).all()
+    positive = torch.stack([m.assignment.gt_index >= 0 for m in matched(student, targets())])
+    difference = (student.classes.all() / 2).sigmoid() - (teacher.classes.all() / 2).sigmoid()
+    torch.testing.assert_close(got, 2 * difference * positive[..., None] / 3 / positive.sum())
+
+
+def test_release_kd_is_the_sum_of_level_means() -> None:
+    student, teacher = detections(0), detections(1)
+    positive = torch.stack([m.assignment.gt_index >= 0 for m in matched(student, targets())])
+    rows = F.kl_div(
+        (student.classes.all() / 2).log_softmax(-1), (teacher.classes.all() / 2).softmax(-1), reduction="none"
+    ).mean(-1) * 4  # fmt: skip
+    levels = zip(rows.split([80, 20, 6], 1), positive.split([80, 20, 6], 1), strict=True)
+    expected = sum(r[p].mean().item() for r, p in levels if p.any())
+    loss = LogitKD(Main(), convention="release")(student, teacher, targets())
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_whole_map_imitation_is_the_mean_square_of_each_map() -> None:
+    s, t = features(0), features(1)
+    expected = sum(((a - b) ** 2).mean().item() for a, b in zip(s.maps, t.maps, strict=True))
+    assert FeatureImitation()(s, t, None).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_box_imitation_reads_the_points_inside_boxes() -> None:
+    s, t = both_views(0), both_views(1)
+    expected = 0.0
+    for level, (height, width) in enumerate(SIZES):
+        found = []
+        for image, boxes in enumerate(BOXES):
+            for y in range(height):
+                for x in range(width):
+                    px, py = x * STRIDES[level], y * STRIDES[level]
+                    if any(b[0] < px < b[2] and b[1] < py < b[3] for b in boxes.tolist()):
+                        found.append(((s[0].maps[level] - t[0].maps[level])[image, :, y, x] ** 2).mean().item())
+        expected += sum(found) / len(found)
+    assert FeatureImitation("boxes")(s, t, targets()).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_best_apart_is_the_head_of_torchvisions_nms() -> None:
+    g = torch.Generator().manual_seed(0)
+    corner, size = torch.rand(6, 200, 2, generator=g) * 60, torch.rand(6, 200, 2, generator=g) * 30 + 1
+    boxes, score = torch.cat([corner, corner + size], -1), torch.rand(6, 200, generator=g)
+    chosen = best_apart(score, boxes, 10, 0.3)
+    for row in range(6):
+        assert set(chosen[row].nonzero()[:, 0].tolist()) == set(nms(boxes[row], score[row], 0.3)[:10].tolist())
+
+
+def test_best_apart_leaves_out_what_takes_no_part() -> None:
+    boxes = torch.tensor([[[0.0, 0, 1, 1], [5, 5, 6, 6], [9, 9, 10, 10]]])
+    chosen = best_apart(torch.tensor([[0.1, -torch.inf, 0.3]]), boxes)
+    assert chosen.tolist() == [[True, False, True]]
+
+
+def test_general_instances_of_a_picture_do_not_depend_on_the_others() -> None:
+    student, teacher, t = detections(0), detections(1), targets()
+    together = general_instances("gi", student, teacher, t)
+    for i in range(4):
+        alone = [DenseDetections(_one(v.classes, i), _one(v.edges, i), STRIDES) for v in (student, teacher)]
+        assert torch.equal(general_instances("gi", *alone, targets(BOXES[i : i + 1]))[0], together[i])
+    mixed = general_instances("gi", student, teacher, t, across_pictures=True)
+    assert all(level.sum() <= 10 for level in mixed.split([80, 20, 6], 1))
+    assert not torch.equal(mixed, together)
+
+
+def _one(maps: Maps, image: int) -> Maps:
+    return Maps(tuple(m[image : image + 1] for m in maps.levels), maps.shape)
+
+
+# ---- what holds for all of them
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_repeated_images_change_nothing(name: str) -> None:
+    distiller = make(name)
+    once = distiller(views_for(distiller, 0), views_for(distiller, 1), targets())
+    for times in (2, 4, 8):
+        student, teacher = (_repeat(views_for(distiller, seed), times) for seed in (0, 1))
+        again = distiller(student, teacher, targets(BOXES * times))
+        assert again.item() == pytest.approx(once.item(), rel=1e-5)
+    assert once > 0
+
+
+def _repeat(view: Any, times: int) -> Any:
+    if isinstance(view, tuple):
+        return tuple(_repeat(v, times) for v in view)
+    if isinstance(view, Features):
+        return Features(tuple(m.repeat(times, 1, 1, 1) for m in view.maps))
+    repeat = [
+        Maps(tuple(m.repeat(times, 1, 1, 1) for m in maps.levels), maps.shape) for maps in (view.classes, view.edges)
+    ]
+    return DenseDetections(repeat[0], repeat[1], STRIDES)
+
+
+@pytest.mark.parametrize("convention", ["default", "release"])
+@pytest.mark.parametrize("name", list(dense_distillers()))
+def test_both_paths_are_equal(name: str, convention: str) -> None:
+    results = []
+    for dense in (False, True):
+        student = detections(0, grad=True)
+        loss = make(name, dense=dense, convention=convention)(student, detections(1), targets())
+        results.append([loss, *torch.autograd.grad(loss, leaves(student), allow_unused=True, materialize_grads=True)])
+    for gathered, dense_form in zip(*results, strict=True):
+        torch.testing.assert_close(gathered, dense_form, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("name", [name for name in ALL if name != "imitation gi"])  # which needs no objects
+def test_no_object_anywhere_is_zero_with_a_live_graph(name: str, dense: bool) -> None:
+    distiller = make(name, dense=dense)
+    student = views_for(distiller, 0, grad=True)
+    loss = distiller(student, views_for(distiller, 1), targets([torch.zeros(0, 4)] * 4))
+    assert loss.item() == 0
+    gradients = torch.autograd.grad(loss, leaves(student), allow_unused=True)
+    assert any(g is not None for g in gradients)
+    assert all(g is None or not g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_equal_student_and_teacher_are_at_the_minimum(name: str) -> None:
+    distiller = make(name)
+    student = views_for(distiller, 0, grad=True)
+    loss = distiller(student, views_for(distiller, 0), targets())
+    assert loss.abs() < 1e-5  # T^2 = 100 times what the logarithms round
+    for g in torch.autograd.grad(loss, leaves(student), allow_unused=True, materialize_grads=True):
+        assert g.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_gradient_reaches_the_teacher(name: str) -> None:
+    distiller = make(name)
+    student, teacher = views_for(distiller, 0, grad=True), views_for(distiller, 1, grad=True)
+    distiller(student, teacher, targets()).backward()
+    assert all(t.grad is None for t in leaves(teacher))
+    assert any(t.grad is not None and t.grad.any() for t in leaves(student))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_half_precision_is_computed_in_float32(name: str) -> None:
+    distiller = make(name)
+    rounded = [_cast(_cast(views_for(distiller, seed), torch.bfloat16), torch.float32) for seed in (0, 1)]
+    low = [_cast(views_for(distiller, seed), torch.bfloat16) for seed in (0, 1)]
+    loss = distiller(*low, targets())
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, distiller(*rounded, targets()), rtol=1e-3, atol=1e-6)
+
+
+def _cast(view: Any, dtype: torch.dtype) -> Any:
+    if isinstance(view, tuple):
+        return tuple(_cast(v, dtype) for v in view)
+    if isinstance(view, Features):
+        return Features(tuple(m.to(dtype) for m in view.maps))
+    cast = [Maps(tuple(m.to(dtype) for m in maps.levels), maps.shape) for maps in (view.classes, view.edges)]
+    return DenseDetections(cast[0], cast[1], STRIDES)
+
+
+class NoSync(TorchDispatchMode):
+    """Fails at any operation that would make the host wait for an accelerator."""
+
+    WAITING = ("nonzero", "_local_scalar_dense", "masked_select", "unique", "nms", "is_nonzero", "equal")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in self.WAITING, f"{name} waits for the device"
+        if name in ("index", "index_put", "index_put_"):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), "indexing by a mask waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("convention", ["default", "release"])
+@pytest.mark.parametrize("name", ALL)
+def test_the_dense_path_never_waits_for_the_device(name: str, convention: str) -> None:
+    distiller = (
+        imitations(convention=convention)[name]
+        if name in imitations()
+        else make(name, dense=True, convention=convention)
+    )
+    student, teacher = views_for(distiller, 0, grad=True), views_for(distiller, 1)
+    with NoSync():
+        distiller(student, teacher, targets()).backward()
+
+
+def test_the_check_for_waiting_can_fail() -> None:
+    with pytest.raises(AssertionError, match="waits for the device"), NoSync():
+        LD(Main(), dense=False)(detections(0, grad=True), detections(1), targets())
+
+
+# ---- projections
+
+
+def test_a_projection_is_made_where_widths_differ() -> None:
+    imitation = FeatureImitation()
+    imitation.prepare([4, 6, 4], [6, 6, 6])
+    s = features(0, width=4, grad=True)
+    s = Features((s.maps[0], features(2).maps[1].requires_grad_(), s.maps[2]))
+    imitation(s, features(1), None).backward()
+    assert [isinstance(p, nn.Linear) for p in imitation.projections] == [True, False, True]
+    assert all(p.grad is not None and p.grad.any() for p in imitation.parameters())
+    assert all(m.grad is not None and m.grad.any() for m in s.maps)
+
+
+def test_the_projection_of_a_map_is_a_linear_layer_over_channels() -> None:
+    imitation = FeatureImitation()
+    imitation.prepare([4], [6])
+    s, t = torch.randn(2, 4, 3, 5), torch.randn(2, 6, 3, 5)
+    as_map = imitation(Features((s,)), Features((t,)), None)
+    as_tokens = imitation(Features((s.flatten(2).mT,)), Features((t.flatten(2).mT,)), None)
+    torch.testing.assert_close(as_map, as_tokens)
+
+
+# ---- self-distillation
+
+
+def test_self_ld_brings_its_teacher_and_keeps_it_out_of_its_parameters() -> None:
+    average = SelfLD(decay=0.9)
+    assert isinstance(average.own_teacher(), EMATeacher)
+    assert average.own_teacher().decay == 0.9
+    earlier = nn.Linear(2, 2)
+    frozen = SelfLD(checkpoint=earlier)
+    assert isinstance(frozen.own_teacher(), Teacher)
+    assert frozen.own_teacher().model is earlier
+    assert not list(frozen.parameters())
+    assert not frozen.state_dict()
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("distiller", "student", "teacher", "words"),
+    [
+        (LD(), detections(0, bins=9), detections(1, bins=17), ["9 bins", "the teacher 17", "bins="]),
+        (LogitKD(Main()), detections(0, classes=3), detections(1, classes=5), ["3 classes", "the teacher 5", "num_classes="]),
+        (LogitKD(Main()), detections(0, classes=1), detections(1, classes=1), ["one class", "protocol='sigmoid'"]),
+        (
+            LD(),
+            detections(0),
+            dataclasses.replace(detections(1), edges=None),
+            ["the teacher has no edge distributions", "edges="],
+        ),
+        (FeatureImitation(), features(0, width=4), features(1, width=6), ["(4, 4, 8, 10)", "(4, 6, 8, 10)", "student_at"]),
+        (FeatureImitation(), Features(features(0).maps[:2]), features(1), ["2 feature maps", "3 of the teacher"]),
+    ],
+)  # fmt: skip
+def test_sides_that_do_not_match_are_named(distiller: Any, student: Any, teacher: Any, words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        distiller(student, teacher, targets())
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_levels_of_other_sizes_are_named() -> None:
+    teacher = detections(1)
+    smaller = [Maps(tuple(m[..., 1:] for m in maps.levels), maps.shape) for maps in (teacher.classes, teacher.edges)]
+    with pytest.raises(ValueError, match="8 x 10, .* the teacher's 8 x 9"):
+        LD()(detections(0), DenseDetections(smaller[0], smaller[1], STRIDES), targets())
+
+
+def test_a_map_that_is_not_its_level_is_named() -> None:
+    s, t = both_views(0), both_views(1)
+    with pytest.raises(ValueError, match="one a level and in its order"):
+        FeatureImitation("boxes")((Features(s[0].maps[::-1]), s[1]), (Features(t[0].maps[::-1]), t[1]), targets())
+    with pytest.raises(ValueError, match="2 feature maps, but the head has 3 levels"):
+        FeatureImitation("boxes")((Features(s[0].maps[:2]), s[1]), (Features(t[0].maps[:2]), t[1]), targets())
+
+
+def test_overlap_cannot_weigh_points_without_anchors() -> None:
+    with pytest.raises(ValueError, match="no IoU"):
+        LD(FCOSMain(), anchor_weight="iou")(detections(0), detections(1), targets())
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (LD, {"temperature": 0.5}, "temperature"),
+        (LD, {"convention": "paper"}, "'paper'"),
+        (LogitKD, {"temperature": 0.0}, "temperature"),
+        (LogitKD, {"protocol": "tanh"}, "'tanh'"),
+        (LogitKD, {"convention": "release"}, "give a region"),
+        (FeatureImitation, {"region": "everything"}, "'everything'"),
+        (FeatureImitation, {"convention": "release"}, "no whole-map form"),
+        (FeatureImitation, {"region": "gi", "convention": "paper"}, "'paper'"),
+    ],
+)
+def test_wrong_arguments_are_named_when_built(kind: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(**arguments)
+
+
+def test_names_tell_the_regions_apart() -> None:
+    made = [LD(), LD(Valuable()), LD(MainAndValuable()), LogitKD(), LogitKD(Main()), FeatureImitation(), SelfLD()]
+    assert [d.name for d in made] == [
+        "ld_main", "ld_valuable", "ld_main_valuable", "kd", "kd_main", "imitation", "self_ld_main"
+    ]  # fmt: skip
