@@ -43,7 +43,7 @@ err = Console(stderr=True)
 RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a bundled recipe.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE...", help="Changes to the recipe, e.g. train.epochs=3 distillers.0.weight=0.5"),
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, e.g. train.epochs=3 distillers.0.weight=0.5"),
 ]
 Imports = Annotated[
     list[str] | None,
@@ -206,7 +206,7 @@ def evaluate(
 @app.command()
 def predict(
     recipe: RecipeArg,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Pictures, or folders of pictures.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures, or folders of pictures.")],
     weights: Weights = None,
     folder: Annotated[Path, typer.Option("--out", help="Folder for the drawn pictures and predictions.json.")] = Path(
         "predictions"
@@ -250,7 +250,7 @@ def export(
         loaded = _load(recipe, overrides, imports)
         from distillkit.training.export import export as write
 
-        write(loaded, weights, folder, [name.strip() for name in formats.split(",")])
+        write(loaded, weights, folder, [name.strip() for name in formats.split(",")], console=out)
 
 
 # -- what verbs share -------------------------------------------------------------------------------------------------

@@ -477,6 +477,7 @@ def student_of(recipe: Recipe, changes: dict[str, Any]) -> Model:
     """The recipe's `student` with the changes of a row."""
     return TypeAdapter(Model).validate_python(merged(recipe.student.model_dump(), changes))
 
+
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from distillkit.distillers.feature_imitation import FeatureImitation, best_apart
 from distillkit.distillers.ld import LD
 from distillkit.distillers.logit_kd import LogitKD
 from distillkit.distillers.self_ld import SelfLD
+from tests.ranks import on_two_ranks
 
 STRIDES, SIZES, PICTURE = (8, 16, 32), ((8, 10), (4, 5), (2, 3)), (64, 80)
 BOXES = [
@@ -222,15 +223,11 @@ def test_general_instances_of_a_picture_do_not_depend_on_the_others() -> None:
     student, teacher, t = detections(0), detections(1), targets()
     together = general_instances("gi", student, teacher, t)
     for i in range(4):
-        alone = [DenseDetections(_one(v.classes, i), _one(v.edges, i), STRIDES) for v in (student, teacher)]
+        alone = [_images(v, slice(i, i + 1)) for v in (student, teacher)]
         assert torch.equal(general_instances("gi", *alone, targets(BOXES[i : i + 1]))[0], together[i])
     mixed = general_instances("gi", student, teacher, t, across_pictures=True)
     assert all(level.sum() <= 10 for level in mixed.split([80, 20, 6], 1))
     assert not torch.equal(mixed, together)
-
-
-def _one(maps: Maps, image: int) -> Maps:
-    return Maps(tuple(m[image : image + 1] for m in maps.levels), maps.shape)
 
 
 # ---- what holds for all of them
@@ -351,6 +348,42 @@ def test_the_check_for_waiting_can_fail() -> None:
         LD(Main(), dense=False)(detections(0, grad=True), detections(1), targets())
 
 
+# ---- several ranks
+
+
+def test_two_ranks_give_the_gradients_of_one_process() -> None:
+    """The ranks hold unequal numbers of positives; the mean of their gradients is that of one process."""
+    ranks = on_two_ranks(losses_and_gradients)
+    for name, (loss, gradients) in losses_and_gradients().items():
+        both = [rank[name] for rank in ranks]
+        torch.testing.assert_close((both[0][0] + both[1][0]) / 2, loss, rtol=1e-5, atol=0)
+        for first, second, want in zip(both[0][1], both[1][1], gradients, strict=True):
+            mean = (first + second) / 2
+            assert (mean - want).abs().max() <= 1e-5 * want.abs().max() + 1e-9, name
+
+
+def losses_and_gradients(rank: int | None = None) -> dict[str, Any]:
+    """Of every distiller, on all images or on those of a rank."""
+    mine = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
+    found = {}
+    for name in ALL:
+        distiller = make(name)
+        student = views_for(distiller, 0, grad=True)
+        loss = distiller(_images(student, mine), _images(views_for(distiller, 1), mine), targets(BOXES[mine]))
+        gradients = torch.autograd.grad(loss, leaves(student), allow_unused=True, materialize_grads=True)
+        found[name] = loss.detach(), gradients
+    return found
+
+
+def _images(view: Any, which: slice) -> Any:
+    if isinstance(view, tuple):
+        return tuple(_images(v, which) for v in view)
+    if isinstance(view, Features):
+        return Features(tuple(m[which] for m in view.maps))
+    parts = [Maps(tuple(m[which] for m in maps.levels), maps.shape) for maps in (view.classes, view.edges)]
+    return DenseDetections(parts[0], parts[1], STRIDES)
+
+
 # ---- projections
 
 
@@ -396,15 +429,15 @@ def test_self_ld_brings_its_teacher_and_keeps_it_out_of_its_parameters() -> None
     ("distiller", "student", "teacher", "words"),
     [
         (LD(), detections(0, bins=9), detections(1, bins=17), ["9 bins", "the teacher 17", "bins="]),
-        (LogitKD(Main()), detections(0, classes=3), detections(1, classes=5), ["3 classes", "the teacher 5", "num_classes="]),
+        (LogitKD(Main()), detections(0, classes=3), detections(1, classes=5), ["3 classes", "teacher 5", "num_class"]),
         (LogitKD(Main()), detections(0, classes=1), detections(1, classes=1), ["one class", "protocol='sigmoid'"]),
         (
             LD(),
             detections(0),
             dataclasses.replace(detections(1), edges=None),
-            ["the teacher has no edge distributions", "edges="],
+            ["teacher has no edge distributions", "edges="],
         ),
-        (FeatureImitation(), features(0, width=4), features(1, width=6), ["(4, 4, 8, 10)", "(4, 6, 8, 10)", "student_at"]),
+        (FeatureImitation(), features(0, width=4), features(1, width=6), ["(4, 4, 8, 10)", "(4, 6, 8, 10)"]),
         (FeatureImitation(), Features(features(0).maps[:2]), features(1), ["2 feature maps", "3 of the teacher"]),
     ],
 )  # fmt: skip
@@ -418,7 +451,7 @@ def test_sides_that_do_not_match_are_named(distiller: Any, student: Any, teacher
 def test_levels_of_other_sizes_are_named() -> None:
     teacher = detections(1)
     smaller = [Maps(tuple(m[..., 1:] for m in maps.levels), maps.shape) for maps in (teacher.classes, teacher.edges)]
-    with pytest.raises(ValueError, match="8 x 10, .* the teacher's 8 x 9"):
+    with pytest.raises(ValueError, match=r"8 x 10, .* the teacher's 8 x 9"):
         LD()(detections(0), DenseDetections(smaller[0], smaller[1], STRIDES), targets())
 
 

@@ -4,7 +4,8 @@ import collections
 import io
 import json
 import pickle
-import zipfile
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from distillkit.losses.gfl import gfl_losses
 from distillkit.models import gfl as gfl_module
 from distillkit.models.backbones import LITE0_WHEEL, backbone
-from distillkit.models.dense import Inference, candidates, to_batch
+from distillkit.models.dense import Inference, candidates
 from distillkit.models.gfl import GFL, GFLHead, load_openmmlab
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -29,7 +31,10 @@ def small(**options) -> GFL:
 
 def scene(seed: int = 0):
     image = torch.rand(3, 96, 64, generator=torch.Generator().manual_seed(seed))
-    return image, {"boxes": torch.tensor([[5.0, 9.0, 50.0, 70.0], [30.0, 4.0, 61.0, 33.0]]), "labels": torch.tensor([2, 0])}
+    return image, {
+        "boxes": torch.tensor([[5.0, 9.0, 50.0, 70.0], [30.0, 4.0, 61.0, 33.0]]),
+        "labels": torch.tensor([2, 0]),
+    }
 
 
 @pytest.mark.parametrize(
@@ -103,12 +108,11 @@ def test_pictures_without_objects_leave_a_live_graph(quality):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.head.parameters())
 
 
-@pytest.mark.parametrize("quality", [False, True])
-def test_a_detector_learns_one_picture_and_finds_its_boxes(quality):
-    model = small(quality=quality, freeze_bn=True)
+def test_a_detector_learns_one_picture_and_finds_its_boxes():
+    model = small(freeze_bn=True)
     image, target = scene()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(60):
+    for _ in range(40):
         optimizer.zero_grad()
         sum(model([image], [target]).values()).backward()
         optimizer.step()
@@ -132,7 +136,8 @@ def test_predictions_are_repeatable_clipped_and_independent_of_the_other_picture
     for key in alone:
         torch.testing.assert_close(alone[key], again[key], rtol=0, atol=0)
     for found, (height, width) in zip(together, ((96, 50), (40, 120))):
-        assert len(found["boxes"]) == 100
+        assert 0 < len(found["boxes"]) <= 100
+        assert bool((found["boxes"][:, 2:] > found["boxes"][:, :2]).all())
         assert found["boxes"].min() >= 0
         assert found["boxes"][:, ::2].max() <= width
         assert found["boxes"][:, 1::2].max() <= height
@@ -150,7 +155,7 @@ def test_a_batch_is_padded_with_what_normalises_to_zero_and_given_tensors_stay_a
 
 def test_normalisation_is_that_of_the_backbones_pretraining():
     cfg = timm.get_pretrained_cfg("tf_efficientnet_lite0")
-    model = small(backbone="tf_efficientnet_lite0") if False else GFL(1, "tf_efficientnet_lite0", channels=8, groups=1, convs=1)
+    model = GFL(1, "tf_efficientnet_lite0", channels=8, groups=1, convs=1)
     assert model.mean.flatten().tolist() == pytest.approx(cfg.mean)
     assert not any(key in model.state_dict() for key in ("mean", "std"))
 
@@ -190,6 +195,16 @@ def test_export_keeps_the_outputs():
             torch.testing.assert_close(a, b)
 
 
+def test_a_training_call_compiles_whole_where_losses_are_dense(monkeypatch):
+    """One graph means that nothing reads a value back from the device. Dense losses are the default on accelerators."""
+    monkeypatch.setattr(gfl_module, "gfl_losses", partial(gfl_losses, dense=True))
+    model = small(quality=True, freeze_bn=True, strides=(8, 16))
+    images, targets = zip(scene(), (scene(1)[0][:, :50], NO_OBJECTS))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(list(images), list(targets))
+    for name, value in model(images, targets).items():
+        torch.testing.assert_close(compiled[name], value)
+
+
 @pytest.mark.parametrize(
     ("images", "targets", "message"),
     [
@@ -220,8 +235,9 @@ def test_openmmlab_checkpoint_loads(tmp_path, nested):
     source = small()
     weights = openmmlab_names(source)
     torch.save({"meta": {"epoch": 12}, "state_dict": weights} if nested else weights, tmp_path / "a.pth")
-    torch.manual_seed(1)
-    loaded = load_openmmlab(GFL(3, "resnet10t", channels=16, convs=1, groups=4, strides=(8, 16, 32)), tmp_path / "a.pth")
+    other = small()
+    torch.nn.init.ones_(other.head.gfl_reg.weight)
+    loaded = load_openmmlab(other, tmp_path / "a.pth")
     for key, value in source.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[key]), key
 
@@ -262,9 +278,11 @@ def save_as_runner(path: Path, weights: dict[str, torch.Tensor], extra: object, 
     module = type(pickle)("mmengine.logging.history_buffer")
     module.HistoryBuffer = HistoryBuffer
     for name in ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer"):
-        monkeypatch.setitem(__import__("sys").modules, name, module)
+        monkeypatch.setitem(sys.modules, name, module)
     log = collections.OrderedDict(loss=HistoryBuffer())
-    torch.save({"message_hub": {"log_scalars": log, "lr": np.float64(0.1), "extra": extra}, "state_dict": weights}, path)
+    torch.save(
+        {"message_hub": {"log_scalars": log, "lr": np.float64(0.1), "extra": extra}, "state_dict": weights}, path
+    )
     monkeypatch.undo()
 
 
@@ -357,7 +375,7 @@ def test_weights_that_cannot_be_fetched_say_so(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
-    with pytest.raises(ConnectionError, match="'resnet10t'.*path of a weights file"):
+    with pytest.raises(ConnectionError, match=r"'resnet10t'.*path of a weights file"):
         backbone("resnet10t", (8, 16, 32), True)
 
 

@@ -264,6 +264,21 @@ def test_gfl_losses_match_the_release(case: int, dense: bool) -> None:
             torch.testing.assert_close(level.grad, want, rtol=0, atol=1e-4 * float(want.abs().max()) + 1e-8)
 
 
+def test_gfl_losses_on_probabilities_match_the_release_of_gflv2() -> None:
+    file = np.load(GOLDEN / "ld_head_gflv2_a.npz")
+    facts = json.loads(str(file["meta"]))["cases"][0]
+    levels = range(len(facts["strides"]))
+    classes, quality, edges = (
+        [torch.from_numpy(file[f"c0_s_{kind}_l{i}"]) for i in levels] for kind in ("cls", "qual", "box")
+    )
+    channels = (classes[0].shape[1],)
+    scores = Maps(tuple(c.sigmoid() * q for c, q in zip(classes, quality, strict=True)), channels)
+    truth = [torch.from_numpy(file["c0_gt0"])], [torch.from_numpy(file["c0_labels0"])], [tuple(facts["pad_shapes"][0])]
+    maps = Maps(tuple(classes), channels), Maps(tuple(edges), (4, 17))
+    for name, value in gfl_losses(*maps, *truth, strides=facts["strides"], scores=scores).items():
+        close(value, torch.from_numpy(file[f"c0_loss_{name}"]).sum(), 1e-5)
+
+
 def test_gfl_losses_do_not_depend_on_the_batch() -> None:
     one = losses_of(*head(1), [torch.tensor(BOXES)])
     for images in (2, 4, 8):

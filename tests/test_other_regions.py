@@ -136,7 +136,7 @@ def test_shaped_anchors_stand_around_their_point_with_one_area_a_scale() -> None
 
 
 def test_several_anchors_a_cell_without_shapes_are_named() -> None:
-    with pytest.raises(ValueError, match="3 anchors a cell.*anchors="):
+    with pytest.raises(ValueError, match=r"3 anchors a cell.*anchors="):
         Valuable()(head(3), targets(objects(0, 2), objects(1, 2)))
     with pytest.raises(ValueError, match="one point a cell"):
         FCOSMain()(head(3, given=True), targets(objects(0, 2), objects(1, 2)))

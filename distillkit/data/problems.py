@@ -46,12 +46,13 @@ class Findings:
 class DataError(ValueError):
     """A data set that cannot be used. ``problems`` has all of them, the message the first 20."""
 
-    def __init__(self, problems: Sequence[Problem]):
-        self.problems = list(problems)
-        super().__init__(listing(self.problems))
+    def __init__(self, problems: Sequence[Problem] | str):
+        # a DataLoader makes the error of its worker anew from the text alone
+        self.problems = [] if isinstance(problems, str) else list(problems)
+        super().__init__(problems if isinstance(problems, str) else listing(problems))
 
     def __reduce__(self) -> tuple[type[DataError], tuple[list[Problem]]]:
-        return type(self), (self.problems,)  # a loader's worker sends it to the main process
+        return type(self), (self.problems,)
 
 
 def listing(problems: Sequence[Problem], shown: int = SHOWN) -> str:

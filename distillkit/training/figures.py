@@ -81,9 +81,9 @@ def regions(sample: Sample, student: nn.Module, valuable: Valuable) -> Figure:
     points = grid_points(view.classes.sizes, view.strides, view.centre, "cpu").split(list(view.classes.counts))
     axes = _grid(len(view.strides), width=3.4, height=3.6)
     for level, (axis, stride) in enumerate(zip(axes, view.strides, strict=True)):
-        _picture(axis, image, fade=0.45)
+        _picture(axis, image, fade=0.6)
         counts = []
-        for (name, overlaps), colour, size in zip(inside.items(), (MAIN, VALUABLE), (26, 9), strict=True):
+        for (name, overlaps), colour, size in zip(inside.items(), (MAIN, VALUABLE), (30, 12), strict=True):
             on = overlaps.cpu().split(list(view.classes.counts))[level] > 0
             x, y = points[level][on].unbind(1)
             axis.scatter(x, y, s=size, color=colour, label=name, linewidths=0)
@@ -160,7 +160,7 @@ def distributions(edge: Edge) -> Figure:
     _picture(axes[0], edge.sample[0])
     _outlines(axes[0], edge.box[None], colour=MAIN)
     axes[0].plot(*edge.point.tolist(), "+", color=MAIN, ms=12, mew=2)
-    colours = (TEACHER, *_cycle(len(edge.probabilities) - 1))
+    colours = (TEACHER, *_cycle(len(edge.probabilities))[1:])
     for i, (axis, name) in enumerate(zip(axes[1:], EDGES, strict=True)):
         for (model, rows), colour in zip(edge.probabilities.items(), colours, strict=True):
             if model == next(iter(edge.probabilities)):

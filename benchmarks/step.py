@@ -1,0 +1,178 @@
+"""A training step against the ideal: student forward and backward, teacher forward, and nothing else.
+
+    python benchmarks/step.py [--rounds 12] [--write benchmarks/results/step.md]
+
+Contenders take turns in one process, in an order shuffled anew in every round, so that whatever else the machine does
+falls on all of them alike. The ratio is the median over rounds of (contender / ideal) of that round. "ideal again" is the same code as "ideal":
+how far its ratio is from 1 is what the machine cannot tell apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import timm
+import torch
+from torch.nn.functional import cross_entropy, kl_div
+
+import distillkit
+from distillkit import LD, FeatureImitation, LogitKD, Main, Teacher, Valuable
+from distillkit.models.gfl import GFL
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.machine import heading, table, write
+from tests.counting import Dispatched, kept_tensors
+
+Step = Callable[[], None]
+T = 4.0
+
+
+def classifiers() -> dict[str, Step]:
+    """ResNet-50 teaches ResNet-18 by logits, 16 pictures of 96 x 96."""
+    torch.manual_seed(0)
+    student, teacher = timm.create_model("resnet18", num_classes=100), timm.create_model("resnet50", num_classes=100)
+    teacher.eval()
+    x, y = torch.randn(16, 3, 96, 96), torch.randint(0, 100, (16,))
+
+    def ideal(student: torch.nn.Module) -> Step:
+        def step() -> None:
+            with torch.no_grad():
+                soft = teacher(x)
+            logits = student(x)
+            kl = kl_div((logits / T).log_softmax(-1), (soft / T).softmax(-1), reduction="batchmean") * T * T
+            (cross_entropy(logits, y) + kl).backward()
+            student.zero_grad(set_to_none=True)
+
+        return step
+
+    def ours(teacher: torch.nn.Module | Teacher) -> Step:
+        model = distillkit.wrap(copy.deepcopy(student), teacher, [LogitKD(temperature=T)], criterion=cross_entropy)
+
+        def step() -> None:
+            model(x, y).total.backward()
+            model.zero_grad(set_to_none=True)
+
+        return step
+
+    return {
+        "ideal": ideal(copy.deepcopy(student)),
+        "ideal again": ideal(copy.deepcopy(student)),
+        "distillkit": ours(teacher),
+        "distillkit, teacher in bf16, BatchNorm folded": ours(Teacher(teacher, dtype=torch.bfloat16, fold_bn=True)),
+    }
+
+
+def detectors(size: int = 320, batch: int = 2) -> dict[str, Step]:
+    """GFL-R50 teaches GFL-R18, 80 classes, 2 pictures of 320 x 320 with 10 objects each."""
+    torch.manual_seed(0)
+    student, teacher = GFL(80, "resnet18"), GFL(80, "resnet50").eval()
+    images = [torch.rand(3, size, size) for _ in range(batch)]
+    corner, side = torch.rand(batch, 10, 2) * size * 0.7, torch.rand(batch, 10, 2) * size * 0.25 + 8
+    targets = [{"boxes": torch.cat([c, c + s], 1), "labels": torch.randint(0, 80, (10,))} for c, s in zip(corner, side)]
+
+    def ideal(student: GFL, teacher_forward: Callable[[], object]) -> Step:
+        def step() -> None:
+            with torch.no_grad():
+                teacher_forward()
+            sum(student(images, targets).values()).backward()
+            student.zero_grad(set_to_none=True)
+
+        return step
+
+    def ours(distillers: list[distillkit.Distiller]) -> Step:
+        model = distillkit.wrap(copy.deepcopy(student), teacher, distillers)
+
+        def step() -> None:
+            model(images, targets).total.backward()
+            model.zero_grad(set_to_none=True)
+
+        return step
+
+    whole, neck = lambda: teacher.head(teacher.features(images)), lambda: teacher.features(images)
+    return {
+        "ideal": ideal(copy.deepcopy(student), whole),
+        "ideal again": ideal(copy.deepcopy(student), whole),
+        "distillkit: LD main + LD valuable + class KD": ours([LD(Main()), LD(Valuable()), LogitKD(Main(), weight=10.0)]),
+        "ideal, teacher's features only": ideal(copy.deepcopy(student), neck),
+        "distillkit: feature imitation": ours([FeatureImitation("whole")]),
+    }
+
+
+#: what each contender is held against, where that is not "ideal"
+AGAINST = {"distillkit: feature imitation": "ideal, teacher's features only"}
+
+
+def race(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of wall clock of every step, by name; two unmeasured rounds first."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order = random.Random(0)
+    for turn in range(rounds + 2):
+        for name in order.sample(list(steps), len(steps)):
+            gc.disable()
+            begin = time.perf_counter()
+            steps[name]()
+            took = time.perf_counter() - begin
+            gc.enable()
+            if turn >= 2:
+                seconds[name].append(took)
+    return seconds
+
+
+def rows_of(seconds: dict[str, list[float]]) -> list[list[str]]:
+    rows = []
+    for name, took in seconds.items():
+        against = AGAINST.get(name, "ideal")
+        ratio = median(a / b for a, b in zip(took, seconds[against], strict=True))
+        rows.append([name, f"{1000 * median(took):.0f}", against, f"{ratio:.3f}"])
+    return rows
+
+
+def counted() -> list[list[str]]:
+    """What does not depend on the clock: host syncs on the accelerator path and tensors kept after a step."""
+    torch.manual_seed(0)
+    options = {"channels": 32, "convs": 1, "groups": 8, "strides": (8, 16, 32)}
+    student, teacher = GFL(5, "resnet10t", **options), GFL(5, "resnet10t", **options)
+    images = [torch.rand(3, 96, 96)]
+    targets = [{"boxes": torch.tensor([[10.0, 10, 60, 60]]), "labels": torch.tensor([1])}]
+    with Dispatched() as alone:
+        sum(student(images, targets).values()).backward()
+    model = distillkit.wrap(student, teacher, [LD(Main(), dense=True), LD(Valuable(), dense=True), LogitKD(Main(), dense=True)])
+    model(images, targets)
+    with Dispatched() as ours:
+        model(images, targets).total.backward()
+
+    def step() -> None:
+        model(images, targets).total.backward()
+
+    kept = [t for side in (student, teacher) for t in kept_tensors(side, step)]
+    return [
+        ["host syncs of the student alone", str(alone.syncs.total())],
+        ["host syncs added by LD main + LD valuable + class KD (accelerator path)", str(ours.syncs.total() - alone.syncs.total())],
+        ["bytes of activations kept after a step", str(sum(t.numel() * t.element_size() for t in kept))],
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--write", type=Path, help="also write the tables to this Markdown file")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    parts = [heading("Step time over the ideal", f"python benchmarks/step.py --rounds {args.rounds}", seed=0)]
+    for make in (classifiers, detectors):
+        rows = rows_of(race(make(), args.rounds))
+        parts.append(f"{make.__doc__}\n\n" + table(["step", "median ms", "over", "ratio"], rows))
+    parts.append("Counted, not timed:\n\n" + table(["what", "count"], counted()))
+    write("\n\n".join(parts), args.write)
+
+
+if __name__ == "__main__":
+    main()

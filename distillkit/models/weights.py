@@ -1,0 +1,78 @@
+"""Reading files of weights, whoever wrote them, without running any code they name."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+class _Inert:
+    """Stands in for every class and function a file names beyond tensors: it takes anything and does nothing."""
+
+    def __new__(cls, *args: Any) -> "_Inert":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a .safetensors or a torch file, there at the top or under "state_dict" or "model".
+
+    Training programs save more than weights: OpenMMLab's runners save their logs (``HistoryBuffer``, NumPy scalars,
+    methods), which ``torch.load(weights_only=True)`` refuses. Here all of that becomes inert objects, then dropped.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, or one without weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights file {path} does not exist")
+    try:
+        loaded = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
+    except Exception as error:  # safetensors, zipfile, pickle and struct raise types of their own for a damaged file
+        raise ValueError(f"{path} cannot be read as a weights file: {type(error).__name__}: {error}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise ValueError(f"{path} holds no state dict: names and tensors, at its top or under 'state_dict' or 'model'")
+    return dict(loaded)
+
+
+def explain_mismatch(path: str | Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise ValueError with the names that are missing, unexpected or of another shape, if there are any."""
+    misshapen = [
+        f"{name} {tuple(found[name].shape)} in the file, {tuple(value.shape)} in the model"
+        for name, value in wanted.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    groups = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "other shape": misshapen,
+    }
+    wrong = [
+        f"{what} ({len(names)}): {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        for what, names in groups.items()
+        if names
+    ]
+    if wrong:
+        raise ValueError(f"{path} does not fit the model: " + "; ".join(wrong))
+
+
+def _load_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, "cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
+        return torch.load(path, "cpu", weights_only=True)

@@ -1,0 +1,72 @@
+"""Counting work instead of timing it: operations and host syncs at the dispatcher, modules that ran, tensors kept."""
+
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+#: operations that make the host wait for an accelerator
+SYNCS = {
+    "aten._local_scalar_dense.default",
+    "aten.equal.default",
+    "aten.nonzero.default",
+    "aten.masked_select.default",
+    "aten.unique_consecutive.default",
+    "aten._unique2.default",
+}
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts every operation, and those that wait for the device (indexing by a mask is one of them)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self.syncs: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        self.operations[name] += 1
+        by_mask = name.startswith(("aten.index.Tensor", "aten.index_put")) and any(
+            isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        if name in SYNCS or by_mask:
+            self.syncs[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def modules_run(model: nn.Module) -> Iterator[list[str]]:
+    """The names of the modules of ``model`` that run inside, in order."""
+    ran: list[str] = []
+    hooks = [m.register_forward_hook(lambda m, a, o, name=name: ran.append(name)) for name, m in model.named_modules()]
+    try:
+        yield ran
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def kept_tensors(model: nn.Module, step: Callable[[], None]) -> list[torch.Tensor]:
+    """The activations of ``model`` that are still alive after ``step`` has returned (and dropped its result)."""
+    refs: list[weakref.ref[torch.Tensor]] = []
+
+    def remember(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            refs.append(weakref.ref(output))
+
+    hooks = [m.register_forward_hook(remember) for m in model.modules()]
+    try:
+        step()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    gc.collect()
+    assert refs
+    return [t for r in refs if (t := r()) is not None]

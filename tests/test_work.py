@@ -1,0 +1,104 @@
+"""CI's speed gates: the work of a step is counted, never timed. The times themselves are in benchmarks/."""
+
+import pytest
+import torch
+
+import distillkit
+from distillkit import LD, FeatureImitation, LogitKD, Main, Valuable
+from tests.counting import Dispatched, kept_tensors, modules_run
+from tests.test_adapters import detector, scene
+from tests.tiny import KL, Net, batch
+
+
+def distillers(dense=None):
+    return [LD(Main(), dense=dense), LD(Valuable(), dense=dense), LogitKD(Main(), dense=dense)]
+
+
+def step(model):
+    losses = model(*scene())
+    losses.total.backward()
+
+
+def count(call) -> Dispatched:
+    with Dispatched() as counted:
+        call()
+    return counted
+
+
+def test_the_accelerator_path_adds_no_host_sync():
+    student, teacher = detector(), detector()
+    alone = count(lambda: sum(student(*scene()).values()).backward())
+    model = distillkit.wrap(student, teacher, distillers(dense=True))
+    step(model)  # the first step proves the adapters, which waits
+    with_distillers = count(lambda: step(model))
+    assert with_distillers.syncs == alone.syncs
+    assert with_distillers.operations.total() > alone.operations.total()
+
+
+def test_a_wrapped_classifier_adds_no_host_sync():
+    model = distillkit.wrap(Net(), Net(), [LogitKD(temperature=4.0)], criterion=torch.nn.functional.cross_entropy)
+    model(*batch())
+    assert not count(lambda: model(*batch()).total.backward()).syncs
+
+
+def test_the_regions_of_one_step_are_computed_once(monkeypatch):
+    from distillkit.boxes import regions
+
+    calls = []
+    real = regions.match
+    monkeypatch.setattr(regions, "match", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    model = distillkit.wrap(detector(), detector(), distillers())
+    model(*scene())
+    calls.clear()
+    model(*scene())
+    assert len(calls) == len(scene()[0])  # once a picture, for three distillers
+
+
+def test_the_wrapper_itself_adds_a_handful_of_operations():
+    student, teacher = Net(), Net()
+    x, y = batch()
+    model = distillkit.wrap(student, teacher, [KL()], criterion=torch.nn.functional.cross_entropy)
+    model(x, y)
+
+    def by_hand():
+        logits = student(x)
+        with torch.no_grad():
+            soft = teacher(x)
+        loss = torch.nn.functional.cross_entropy(logits, y)
+        kl = torch.nn.functional.kl_div(logits.log_softmax(-1), soft.softmax(-1), reduction="batchmean")
+        (loss + kl).backward()
+
+    ideal, ours = count(by_hand), count(lambda: model(x, y).total.backward())
+    assert ours.operations.total() - ideal.operations.total() <= 16  # step counter, flags of non-finite losses, weights
+
+
+def test_every_module_runs_once_and_the_teacher_stops_at_its_last_tap():
+    student, teacher = detector(), detector()
+    model = distillkit.wrap(student, teacher, distillers())
+    step(model)
+    with modules_run(student) as ran:
+        step(model)
+    assert ran.count("backbone.conv1") == 1
+    assert ran.count("head.gfl_cls") == 3
+    with modules_run(teacher) as ran:
+        step(model)
+    assert ran.count("head.gfl_cls") == 3
+    assert "" not in ran  # the detector's own forward, with its non-maximum suppression, did not finish
+
+
+def test_nothing_of_the_teacher_runs_for_features_but_what_is_read():
+    teacher = detector()
+    model = distillkit.wrap(detector(), teacher, [FeatureImitation("whole")])
+    step(model)
+    with modules_run(teacher) as ran:
+        step(model)
+    assert ran[-1].startswith("neck")
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_nothing_is_kept_between_steps(dense):
+    student, teacher = detector(), detector()
+    model = distillkit.wrap(student, teacher, distillers(dense))
+    step(model)
+    assert not kept_tensors(student, lambda: step(model))
+    assert not kept_tensors(teacher, lambda: step(model))
