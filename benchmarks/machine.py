@@ -31,7 +31,10 @@ def heading(title: str, command: str, seed: int | str) -> str:
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; numbers right."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join("---" if i == 0 else "---:" for i in range(len(head))) + "|"]
+    lines = [
+        "| " + " | ".join(head) + " |",
+        "|" + "|".join("---" if i == 0 else "---:" for i in range(len(head))) + "|",
+    ]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 

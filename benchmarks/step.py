@@ -100,7 +100,9 @@ def detectors(size: int = 320, batch: int = 2) -> dict[str, Step]:
     return {
         "ideal": ideal(copy.deepcopy(student), whole),
         "ideal again": ideal(copy.deepcopy(student), whole),
-        "distillkit: LD main + LD valuable + class KD": ours([LD(Main()), LD(Valuable()), LogitKD(Main(), weight=10.0)]),
+        "distillkit: LD main + LD valuable + class KD": ours(
+            [LD(Main()), LD(Valuable()), LogitKD(Main(), weight=10.0)]
+        ),
         "ideal, teacher's features only": ideal(copy.deepcopy(student), neck),
         "distillkit: feature imitation": ours([FeatureImitation("whole")]),
     }
@@ -144,7 +146,9 @@ def counted() -> list[list[str]]:
     targets = [{"boxes": torch.tensor([[10.0, 10, 60, 60]]), "labels": torch.tensor([1])}]
     with Dispatched() as alone:
         sum(student(images, targets).values()).backward()
-    model = distillkit.wrap(student, teacher, [LD(Main(), dense=True), LD(Valuable(), dense=True), LogitKD(Main(), dense=True)])
+    model = distillkit.wrap(
+        student, teacher, [LD(Main(), dense=True), LD(Valuable(), dense=True), LogitKD(Main(), dense=True)]
+    )
     model(images, targets)
     with Dispatched() as ours:
         model(images, targets).total.backward()
@@ -155,7 +159,10 @@ def counted() -> list[list[str]]:
     kept = [t for side in (student, teacher) for t in kept_tensors(side, step)]
     return [
         ["host syncs of the student alone", str(alone.syncs.total())],
-        ["host syncs added by LD main + LD valuable + class KD (accelerator path)", str(ours.syncs.total() - alone.syncs.total())],
+        [
+            "host syncs added by LD main + LD valuable + class KD (accelerator path)",
+            str(ours.syncs.total() - alone.syncs.total()),
+        ],
         ["bytes of activations kept after a step", str(sum(t.numel() * t.element_size() for t in kept))],
     ]
 

@@ -55,7 +55,11 @@ def wrap(
     teachers = {name: _as_teacher(name, t) for name, t in named.items()}
     for t in teachers.values():
         if isinstance(t, Teacher) and t.adapter is None:
-            t.adapter = adapter if adapter is not None and type(t.model) is type(student) else adapter_for(t.model, fallback=adapter)
+            t.adapter = (
+                adapter
+                if adapter is not None and type(t.model) is type(student)
+                else adapter_for(t.model, fallback=adapter)
+            )
     return DistilledModel(student, teachers, distillers, criterion, adapter or adapter_for(student))
 
 

@@ -1,6 +1,5 @@
 """Two gloo ranks give the losses and gradients of one process."""
 
-
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -88,5 +87,3 @@ def test_ddp():
 
 def test_fsdp2():
     check_same(on_two_ranks(fsdp), one_process())
-
-

@@ -14,7 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 import distillkit
 from distillkit import Adapter, EMATeacher, LogitKD, Losses, Teacher, Weight
-from distillkit.core.errors import NonFiniteLossError, TapError, TeacherModeError, UnreachedStudentError, ViewError, WrapError
+from distillkit.core.errors import (
+    NonFiniteLossError,
+    TapError,
+    TeacherModeError,
+    UnreachedStudentError,
+    ViewError,
+    WrapError,
+)
 from distillkit.core.wrap import CHECK_EVERY
 from tests.tiny import KL, MSE, Net, batch
 
@@ -23,7 +30,9 @@ def wrapped(distillers=None, student=None, teacher=None, **kwargs):
     torch.manual_seed(0)
     student = Net() if student is None else student
     teacher = Net() if teacher is None else teacher
-    return distillkit.wrap(student, teacher, distillers or [KL()], criterion=kwargs.pop("criterion", cross_entropy), **kwargs)
+    return distillkit.wrap(
+        student, teacher, distillers or [KL()], criterion=kwargs.pop("criterion", cross_entropy), **kwargs
+    )
 
 
 def hooks_of(model: nn.Module) -> int:
@@ -222,7 +231,9 @@ def test_input_is_renormalised_for_the_teacher():
     picture = torch.rand(2, 3, 16, 16)
     as_tensor = lambda v: torch.tensor(v).view(3, 1, 1)  # noqa: E731
     model((picture - as_tensor(mine[0])) / as_tensor(mine[1]), torch.tensor([0, 1]))
-    torch.testing.assert_close(teacher.seen, (picture - as_tensor(theirs[0])) / as_tensor(theirs[1]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        teacher.seen, (picture - as_tensor(theirs[0])) / as_tensor(theirs[1]), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_timm_models_say_what_they_expect():
@@ -348,7 +359,9 @@ def test_a_tap_on_something_that_is_not_a_tensor():
         wrapped([MSE("pair", "stem")], student=WithPair())(*batch())
     student, teacher = nn.Sequential(Net(3), nn.Identity()), WithPair()
     losses = wrapped([MSE("0.stem[1:3]", "pair[1][:2]")], student=student, teacher=teacher)
-    with pytest.raises(RuntimeError, match=r"size of tensor a \(8\)"):  # 8 x 8 cells of the stem, 16 x 16 of the picture
+    with pytest.raises(
+        RuntimeError, match=r"size of tensor a \(8\)"
+    ):  # 8 x 8 cells of the stem, 16 x 16 of the picture
         losses(*batch())
 
 

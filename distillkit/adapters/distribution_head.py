@@ -99,7 +99,9 @@ class DistributionHead(Adapter):
         rows = super().targets(args, kwargs, given)
         if rows is None:
             return None
-        if not isinstance(rows, Sequence) or not all(isinstance(row, Mapping) and {"boxes", "labels"} <= row.keys() for row in rows):
+        if not isinstance(rows, Sequence) or not all(
+            isinstance(row, Mapping) and {"boxes", "labels"} <= row.keys() for row in rows
+        ):
             raise ViewError("targets: expected a list of dict(boxes (k, 4) x1 y1 x2 y2, labels (k,)), one a picture")
         return BoxTargets([r["boxes"] for r in rows], [r["labels"] for r in rows], _sizes(_pictures(args, kwargs)))
 
@@ -127,7 +129,9 @@ class DistributionHead(Adapter):
                 raise AdapterError(self._disagreement(view, predicted, i, size, error))
         return seen > 0
 
-    def _disagreement(self, view: DenseDetections, predicted: Tensor, image: int, size: tuple[int, int], error: float) -> str:
+    def _disagreement(
+        self, view: DenseDetections, predicted: Tensor, image: int, size: tuple[int, int], error: float
+    ) -> str:
         other = 0.5 if self.centre != 0.5 else 0.0
         with_other = _furthest_unexplained(predicted, _decoded(view, other)[image], size)
         hint = f" With centre={other} it would fit." if with_other < TOLERANCE else ""
@@ -143,7 +147,9 @@ def _place(paths: str | Sequence[str], levels: int, what: str) -> Place:
     if isinstance(paths, str):
         return Place((paths,), fires=1 if "*" in paths else levels)
     if len(paths) != levels:
-        raise ViewError(f"{what}: {len(paths)} paths for {levels} strides; give one path a level, or one that all levels share")
+        raise ViewError(
+            f"{what}: {len(paths)} paths for {levels} strides; give one path a level, or one that all levels share"
+        )
     return Place(tuple(paths))
 
 

@@ -11,4 +11,5 @@ def nanodet(model: NanoDet) -> DistributionHead:
         strides=model.strides,
         bins=model.bins,
         centre=model.centre,
+        octave=model.octave,
     )

@@ -240,7 +240,7 @@ def choose(
     ``Maps.at(where)``.
     """
     if dense is None:
-        dense = view.classes.levels[0].device.type != "cpu"
+        dense = view.classes.levels[0].device.type != "cpu" or torch.compiler.is_compiling()
     if dense:
         where = Where(None)
     else:

@@ -106,7 +106,9 @@ def _logits(output: Any, model: str) -> Tensor:
         output = getattr(output, "logits", output[0] if isinstance(output, tuple | list) else None)
     if not isinstance(output, Tensor) or output.dim() != 2:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ViewError(f"{model}: expected class logits (B, C) in its output, got {shape}; name the layer, as in student_at='fc'")
+        raise ViewError(
+            f"{model}: expected class logits (B, C) in its output, got {shape}; name the layer, as in student_at='fc'"
+        )
     return output
 
 

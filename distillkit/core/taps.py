@@ -39,7 +39,7 @@ class AllTapsFired(Exception):  # noqa: N818 - a signal, not an error
 class TappedHooks(OrderedDict[int, Callable[..., Any]]):
     """A module's forward hooks while it is tapped. Its copies and pickles are the hooks without the tap."""
 
-    def __init__(self, hooks: OrderedDict[int, Callable[..., Any]]):
+    def __init__(self, hooks: dict[int, Callable[..., Any]]):
         super().__init__((key, _Forwarded(hooks, key)) for key in hooks)
         self.untapped = hooks
 
@@ -58,7 +58,7 @@ class TappedHooks(OrderedDict[int, Callable[..., Any]]):
 class _Forwarded:
     """A hook that the user registered before the module was tapped, and may still remove by its handle."""
 
-    def __init__(self, hooks: OrderedDict[int, Callable[..., Any]], key: int):
+    def __init__(self, hooks: dict[int, Callable[..., Any]], key: int):
         self.hooks, self.key = hooks, key
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -74,7 +74,9 @@ class Teacher:
         unfit: list[str] = []
         hooks = []
         for conv, norm in self._folded:
-            hooks.append(original.get_submodule(conv).register_forward_hook(lambda m, a, out, c=conv: returned.update({c: out})))
+            hooks.append(
+                original.get_submodule(conv).register_forward_hook(lambda m, a, out, c=conv: returned.update({c: out}))
+            )
 
             def check(module: nn.Module, inputs: Any, c: str = conv, n: str = norm) -> None:
                 if returned.pop(c, None) is not inputs[0]:
@@ -88,7 +90,9 @@ class Teacher:
                 hook.remove()
         unfit += [f"{norm!r} did not run after {conv!r}" for conv, norm in self._folded if conv in returned]
         if unfit:
-            raise WrapError(f"fold_bn: {unfit[0]}, though it is registered right after it; use fold_bn=False for this teacher")
+            raise WrapError(
+                f"fold_bn: {unfit[0]}, though it is registered right after it; use fold_bn=False for this teacher"
+            )
 
     def cast(self, value: Any) -> Any:
         """Floating tensors of a call, also inside lists and dicts, in the teacher's dtype."""
@@ -118,8 +122,8 @@ class EMATeacher:
 @torch.no_grad()
 def update_average(average: nn.Module, student: nn.Module, decay: float) -> None:
     """One step of the running average, in place; buffers are copied."""
-    mine, theirs = list(average.parameters()), list(student.parameters())
-    torch._foreach_lerp_(mine, theirs, 1 - decay)
+    for mine, theirs in zip(average.parameters(), student.parameters(), strict=True):
+        mine.lerp_(theirs, 1 - decay)
     for a, b in zip(average.buffers(), student.buffers(), strict=True):
         a.copy_(b)
 

@@ -97,8 +97,10 @@ class DenseDetections(View):
     def bins(self) -> Tensor:
         """(K,) bin values in strides."""
         assert self.edges is not None
-        return self.support if self.support is not None else torch.arange(
-            self.edges.shape[-1], device=self.edges.levels[0].device, dtype=torch.float32
+        return (
+            self.support
+            if self.support is not None
+            else torch.arange(self.edges.shape[-1], device=self.edges.levels[0].device, dtype=torch.float32)
         )
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -137,7 +139,9 @@ class DenseDetections(View):
         offset = student.centre - self.centre
         if offset and edges:
             if edges.shape[0] != 4:
-                raise ValueError(f"points stand at {self.centre} and {student.centre} of a cell, and only 4 edges can be moved, not {edges.shape[0]}")
+                raise ValueError(
+                    f"points stand at {self.centre} and {student.centre} of a cell, and only 4 edges can be moved, not {edges.shape[0]}"
+                )
             edges = ShiftedEdges(edges.levels, edges.shape, edges.anchors, support=self.support, offset=offset)
         return replace(
             self,

@@ -97,6 +97,8 @@ class DistilledModel(nn.Module):
     The unit for an optimizer, DDP, FSDP2 and ``torch.compile``: parameters are the student's and the distillers' own.
     """
 
+    step: Tensor
+
     def __init__(
         self,
         student: nn.Module,
@@ -110,31 +112,37 @@ class DistilledModel(nn.Module):
         named = _by_name(distillers)
         _check_teachers(named, teachers)
         averages = {
-            name: copy.deepcopy(student).requires_grad_(False).eval() for name, t in teachers.items() if isinstance(t, EMATeacher)
+            name: copy.deepcopy(student).requires_grad_(False).eval()
+            for name, t in teachers.items()
+            if isinstance(t, EMATeacher)
         }
         self.student = student
         self.distillers = nn.ModuleDict({name.replace(".", "_"): d for name, d in named.items()})
         self.criterion = criterion
         self.averages = nn.ModuleDict(averages)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self._named = [(name, self.distillers[name.replace(".", "_")]) for name in named]
+        self._named = list(named.items())
         self._adapter = adapter
         self._decays = {name: t.decay for name, t in teachers.items() if isinstance(t, EMATeacher)}
         # frozen teachers stand outside the module tree: parameters, state_dict, DDP and checkpoints never see them
         self._frozen = {name: t for name, t in teachers.items() if isinstance(t, Teacher)}
         self._renormalise = {
-            name: change for name, t in self._frozen.items() if (change := _renormalisation(adapter, student, name, t)) is not None
+            name: change
+            for name, t in self._frozen.items()
+            if (change := _renormalisation(adapter, student, name, t)) is not None
         }
-        only = next(iter(teachers)) if len(teachers) == 1 else None
-        self._uses = {name: d.teacher or only for name, d in self._named}
-        self._student_side = Side("student", student, adapter, [r for _, d in self._named for r in _readings(d, "student")])
+        only = next(iter(teachers), "")
+        self._uses: dict[str, str] = {name: d.teacher or only for name, d in self._named}
+        self._student_side = Side(
+            "student", student, adapter, [r for _, d in self._named for r in _readings(d, "student")]
+        )
         try:
             self._teacher_sides = self._make_teacher_sides(adapter)
         except BaseException:
             self._student_side.taps.remove()
             raise
         for name, distiller in self._named:
-            _prepare(distiller, self._student_side, self._teacher_sides.get(self._uses[name] or ""))
+            _prepare(distiller, self._student_side, self._teacher_sides[self._uses[name]])
         self._calls = 0
         self._checked = False
         self._unwrapped = False
@@ -146,9 +154,13 @@ class DistilledModel(nn.Module):
         sides: dict[str, Side] = {}
         try:
             for teacher, model, its_adapter in self._teacher_models(adapter):
-                readings = [r for name, d in self._named if self._uses[name] == teacher for r in _readings(d, "teacher")]
+                readings = [
+                    r for name, d in self._named if self._uses[name] == teacher for r in _readings(d, "teacher")
+                ]
                 if not readings:
-                    raise WrapError(f"no distiller uses the teacher {teacher!r}: name it, as in LD(teacher={teacher!r}), or leave it out")
+                    raise WrapError(
+                        f"no distiller uses the teacher {teacher!r}: name it, as in LD(teacher={teacher!r}), or leave it out"
+                    )
                 sides[teacher] = Side(teacher, model, its_adapter, readings)
         except BaseException:
             for side in sides.values():
@@ -181,7 +193,9 @@ class DistilledModel(nn.Module):
         taught = {name: self._run_teacher(name, side, args, kwargs) for name, side in self._teacher_sides.items()}
         losses.update(self._distill(views, taught, targets, _device_of(views)))
         if not losses:
-            raise WrapError("there is no loss: the student computes none by itself; pass criterion= or distillers= to wrap()")
+            raise WrapError(
+                "there is no loss: the student computes none by itself; pass criterion= or distillers= to wrap()"
+            )
         self._flag(losses)
         # a new tensor, not an update in place: compiled backward passes recompute weights from the tensor they were given
         self.step = self.step + 1
@@ -191,14 +205,18 @@ class DistilledModel(nn.Module):
                 self.check_finite()
         return Losses({**losses, OUTPUT: output})
 
-    def _split_targets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    def _split_targets(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """With a criterion the student takes no targets: they are the last argument of the call."""
         if self.criterion is None:
             return args, kwargs, None
         if "targets" in kwargs:
             return args, {k: v for k, v in kwargs.items() if k != "targets"}, kwargs["targets"]
         if len(args) < 2:
-            raise TypeError("a wrapped model with a criterion is called with the student's arguments and then the targets: model(x, targets)")
+            raise TypeError(
+                "a wrapped model with a criterion is called with the student's arguments and then the targets: model(x, targets)"
+            )
         return args[:-1], kwargs, args[-1]
 
     def _task_losses(self, output: Any, targets: Any) -> dict[str, Tensor]:
@@ -235,9 +253,10 @@ class DistilledModel(nn.Module):
         with torch.autocast(device.type, enabled=False):  # temperatures and small differences need float32
             for name, distiller in self._named:
                 student = [views[r] for r in _readings(distiller, "student")]
-                teacher_views = taught[self._uses[name]] if self._uses[name] else {}
+                teacher_views = taught[self._uses[name]]
                 teacher = [
-                    self._matched(name, teacher_views[r], s) for r, s in zip(_readings(distiller, "teacher"), student, strict=True)
+                    self._matched(name, teacher_views[r], s)
+                    for r, s in zip(_readings(distiller, "teacher"), student, strict=True)
                 ]
                 if isinstance(distiller.reads, tuple):
                     loss = distiller(tuple(student), tuple(teacher), targets)
@@ -270,7 +289,9 @@ class DistilledModel(nn.Module):
         sides = [self._student_side, *self._teacher_sides.values()]
         if not self._calls:
             for name, teacher in self._frozen.items():
-                teacher.prove_folding(*self._teacher_sides[name].adapter.without_targets(*self._fed(name, args, kwargs, cast=False)))
+                teacher.prove_folding(
+                    *self._teacher_sides[name].adapter.without_targets(*self._fed(name, args, kwargs, cast=False))
+                )
         call = self._calls + 1
         if call & (call - 1) or not any(side.unproven for side in sides):
             return
@@ -339,9 +360,13 @@ class DistilledModel(nn.Module):
 
 def _refuse(student: nn.Module) -> None:
     if student in _wrapped:
-        raise WrapError("this student is wrapped already: call unwrap() on the first wrapper, or give both distillers to one wrap()")
+        raise WrapError(
+            "this student is wrapped already: call unwrap() on the first wrapper, or give both distillers to one wrap()"
+        )
     if isinstance(student, nn.parallel.DistributedDataParallel):
-        raise WrapError("the student is a DistributedDataParallel: wrap the bare model, then make the wrapped model distributed")
+        raise WrapError(
+            "the student is a DistributedDataParallel: wrap the bare model, then make the wrapped model distributed"
+        )
     for name, module in student.named_modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise WrapError(
@@ -354,7 +379,9 @@ def _by_name(distillers: Sequence[Distiller]) -> dict[str, Distiller]:
     named: dict[str, Distiller] = {}
     for distiller in distillers:
         if distiller.name in named or distiller.name == OUTPUT:
-            raise WrapError(f"two losses would be called {distiller.name!r}: give one another name, as in name='second'")
+            raise WrapError(
+                f"two losses would be called {distiller.name!r}: give one another name, as in name='second'"
+            )
         named[distiller.name] = distiller
     return named
 
@@ -362,9 +389,13 @@ def _by_name(distillers: Sequence[Distiller]) -> dict[str, Distiller]:
 def _check_teachers(named: dict[str, Distiller], teachers: Mapping[str, object]) -> None:
     for name, distiller in named.items():
         if distiller.teacher is None and len(teachers) != 1:
-            raise WrapError(f"distiller {name!r} does not say which teacher it learns from: one of {', '.join(teachers) or 'none given'}")
+            raise WrapError(
+                f"distiller {name!r} does not say which teacher it learns from: one of {', '.join(teachers) or 'none given'}"
+            )
         if distiller.teacher is not None and distiller.teacher not in teachers:
-            raise WrapError(f"distiller {name!r} wants the teacher {distiller.teacher!r}; there are: {', '.join(teachers) or 'none'}")
+            raise WrapError(
+                f"distiller {name!r} wants the teacher {distiller.teacher!r}; there are: {', '.join(teachers) or 'none'}"
+            )
 
 
 def _paths(at: str | Sequence[str] | None) -> Paths:
@@ -378,10 +409,8 @@ def _readings(distiller: Distiller, role: str) -> list[Reading]:
     return [Reading(kind, at if i == 0 else None) for i, kind in enumerate(kinds)]
 
 
-def _prepare(distiller: Distiller, student: Side, teacher: Side | None) -> None:
-    def widths(side: Side | None, role: str) -> list[int] | None:
-        if side is None:
-            return None
+def _prepare(distiller: Distiller, student: Side, teacher: Side) -> None:
+    def widths(side: Side, role: str) -> list[int] | None:
         first = _readings(distiller, role)[0]
         return side.adapter.widths(side.model, first.kind, first.at)
 
@@ -409,7 +438,9 @@ def _device_of(views: dict[Reading, View]) -> torch.device:
 def _check_reaches(name: str, loss: Any, distiller: Distiller) -> None:
     """Once: a loss whose graph ends at no parameter but the distiller's own would train nothing, without a word."""
     if not isinstance(loss, Tensor) or loss.dim() != 0:
-        raise UnreachedStudentError(f"distiller {name!r} must return a scalar tensor, got {getattr(loss, 'shape', type(loss).__name__)}")
+        raise UnreachedStudentError(
+            f"distiller {name!r} must return a scalar tensor, got {getattr(loss, 'shape', type(loss).__name__)}"
+        )
     own = {id(p) for p in distiller.parameters()}
     seen, todo = set(), [loss.grad_fn]
     while todo:

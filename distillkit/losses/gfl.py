@@ -60,7 +60,7 @@ def gfl_losses(
     """
     _check(classes, edges, boxes)
     device = edges.levels[0].device
-    dense = device.type != "cpu" if dense is None else dense
+    dense = (device.type != "cpu" or torch.compiler.is_compiling()) if dense is None else dense
     anchors = grid_anchors(classes.sizes, strides, centre, octave, device)
     stride = grid_strides(classes.sizes, strides, device)
     target = _targets(anchors, classes, boxes, labels, sizes)

@@ -217,7 +217,10 @@ def build_wrapped(
     distillers = list(distillers)
     configs = teacher_configs(recipe)
     only = next(iter(configs)) if len(configs) == 1 else None
-    needed = {d.teacher or only for d in distillers if d.own_teacher() is None}
+    taught = [d for d in distillers if d.own_teacher() is None]
+    for distiller in taught:  # said outright, as one that brings its own teacher may stand beside it
+        distiller.teacher = distiller.teacher or only
+    needed = {d.teacher for d in taught}
     chosen = {
         name: Teacher(teachers[name], dtype=_dtype(config.dtype), fold_bn=config.fold_bn)
         for name, config in configs.items()
