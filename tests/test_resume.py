@@ -47,7 +47,7 @@ def _detector():
 
 
 def _train(folder, sample=None, rename=None, evaluation=None):
-    """One job from its start or its checkpoint; killed at a sample, a file's renaming, or an evaluation, counted from 0."""
+    """One job, from its start or its checkpoint; killed at a sample, a file's renaming or an evaluation (from 0)."""
     multiprocessing.set_start_method("fork", force=True)  # for the loader, so that its workers are our children
     torch.set_num_threads(1)
     seed_everything(0)

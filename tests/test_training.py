@@ -238,9 +238,7 @@ def _fit(folder, batch=4, dropout=0.0, data=None, evaluate=None, model=None, **t
     data = data or Points()
 
     def distance(student):
-        with torch.no_grad():
-            weight = student.line.weight
-        return {"AP": -float((weight - 3).square().sum())}
+        return {"AP": -float((student.line.weight - 3).square().sum().detach())}
 
     job = Job("line", folder, wrap(model), data, evaluate or distance, _train(**train), seed=7, batch=batch, workers=0)
     result = fit(job, Console(quiet=True))
@@ -281,7 +279,8 @@ def test_accumulation_equals_a_big_batch(tmp_path, optimizer):
     _, whole = _fit(tmp_path / "whole", batch=16, optimizer=optimizer, clip=1.0)
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, rtol=1e-5, atol=1e-6)
-    losses = [[r["loss"] for r in read(tmp_path / f / "metrics.jsonl") if r["kind"] == "train"] for f in ("parts", "whole")]
+    rows = [read(tmp_path / f / "metrics.jsonl") for f in ("parts", "whole")]
+    losses = [[row["loss"] for row in rs if row["kind"] == "train"] for rs in rows]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert len(losses[0]) == 6
 
@@ -332,6 +331,18 @@ def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_weights(tmp_path):
     assert files[0] == files[1]
 
 
+def test_ctrl_c_in_the_last_evaluation_is_heard(tmp_path):
+    def evaluate(student):
+        os.kill(os.getpid(), signal.SIGINT)
+        return {"AP": 0.0}
+
+    with pytest.raises(Interrupted, match="after step 6"):
+        _fit(tmp_path, epochs=1, evaluate=evaluate)
+    assert not (tmp_path / "result.json").exists()
+    result, _ = _fit(tmp_path, epochs=1, evaluate=lambda student: pytest.fail("it was evaluated already"))
+    assert result["scores"] == {"AP": 0.0}
+
+
 def test_a_checkpoint_of_another_student_is_refused(tmp_path):
     _fit(tmp_path)
     with pytest.raises(CheckpointError, match=r"last\.pt does not fit"):
@@ -345,3 +356,36 @@ def test_half_precision_needs_an_accelerator(tmp_path):
         _fit(tmp_path, amp="fp16")
     result, _ = _fit(tmp_path, amp="bf16")
     assert result["steps"] == 18
+
+
+TWO = """
+import sys
+from pathlib import Path
+from tests.test_training import Points, _fit
+from distillkit.training.processes import processes
+assert processes().num_processes == 2
+_fit(Path(sys.argv[1]), batch=2, data=Points(24), ema=0.9, clip=1.0)
+"""
+
+
+@pytest.mark.integration
+def test_two_processes_train_as_one_with_a_batch_twice_as_big(tmp_path):
+    _, one = _fit(tmp_path / "one", batch=4, data=Points(24), ema=0.9, clip=1.0)
+    (tmp_path / "two.py").write_text(TWO)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        str(tmp_path / "two.py"),
+        str(tmp_path / "two"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true"}
+    printed = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False)
+    assert printed.returncode == 0, printed.stderr
+    two = load_file(tmp_path / "two" / "final.safetensors")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6)
+    rows = [[r for r in read(tmp_path / f / "metrics.jsonl") if r["kind"] == "train"] for f in ("one", "two")]
+    assert [r["step"] for r in rows[1]] == list(range(1, 19))
+    assert [r["loss"] for r in rows[1]] == pytest.approx([r["loss"] for r in rows[0]], rel=1e-4)

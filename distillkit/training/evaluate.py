@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate.state import PartialState
 from accelerate.utils import gather_object
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as ProgressBar
@@ -19,6 +18,7 @@ from distillkit.recipe import Recipe
 from distillkit.training import build, checkpoint
 from distillkit.training.build import DetectionData
 from distillkit.training.errors import RunError
+from distillkit.training.processes import processes
 
 
 class Share:
@@ -42,7 +42,7 @@ def score(
 
     With several processes each runs a share of the pictures, and all get the result.
     """
-    state = PartialState()
+    state = processes()
     model.to(state.device)
     share = Share(data, state.process_index, state.num_processes)
     found = predict_dataset(model, share, batch, state.device, progress, workers)

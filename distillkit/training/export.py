@@ -87,10 +87,11 @@ def export(
 
 def _dense(student: nn.Module, recipe: Recipe) -> tuple[Dense, Tensor]:
     """The dense part, and two seeded pictures of the recipe's size, made up to whole cells of the coarsest level."""
-    if not hasattr(student, "forward_raw"):
+    missing = [name for name in ("forward_raw", "strides", "bins", "centre", "inference") if not hasattr(student, name)]
+    if missing:
         raise RunError(
-            f"{type(student).__name__} has no method forward_raw(batch) -> (class logits, edge logits), the part that "
-            "torch-export and onnx hold; export safetensors, or give it one"
+            f"{type(student).__name__} lacks {', '.join(missing)}: torch-export and onnx hold forward_raw(batch) -> "
+            "(class logits, edge logits), and decode.json the rest; export safetensors, or give the model these"
         )
     coarsest = max(student.strides)  # type: ignore[arg-type]
     height, width = (-(-side // coarsest) * coarsest for side in recipe.data.size)
@@ -109,8 +110,8 @@ def _torch_export(dense: Dense, pictures: Tensor, wanted: tuple[Tensor, ...], pa
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(dense, (pictures,), dynamic_shapes=({0: batch},))
     checkpoint.atomically(path, lambda part: _save_program(program, part))
-    got = torch.export.load(path).module()(pictures)
-    return _largest(got, wanted)
+    with torch.no_grad():
+        return _largest(torch.export.load(path).module()(pictures), wanted)
 
 
 def _save_program(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -155,8 +156,9 @@ def _decoding(student: Any, data: Any, pictures: Tensor) -> dict[str, Any]:
         "width": pictures.shape[3],
         "outputs": "classes_i (batch, classes, h, w) and edges_i (batch, 4*bins, h, w) of each level i, logits",
         "scores": "sigmoid(classes)",
-        "boxes": "distance of edge e (left, top, right, bottom) = sum over k of softmax(edges[e*bins:(e+1)*bins])[k] * k "
-        "* stride, from the point ((x + centre) * stride, (y + centre) * stride) of cell x, y",
+        "boxes": "edge e (left, top, right, bottom) is sum over k of k * stride "
+        "* softmax(edges[e*bins:(e+1)*bins])[k] pixels "
+        "from the point ((x + centre) * stride, (y + centre) * stride) of cell x, y",
         "strides": list(student.strides),
         "bins": student.bins,
         "centre": student.centre,

@@ -86,7 +86,7 @@ def regions(sample: Sample, student: nn.Module, valuable: Valuable) -> Figure:
         for (name, overlaps), colour, size in zip(inside.items(), (MAIN, VALUABLE), (30, 12), strict=True):
             on = overlaps.cpu().split(list(view.classes.counts))[level] > 0
             x, y = points[level][on].unbind(1)
-            axis.scatter(x, y, s=size, color=colour, label=name, linewidths=0)
+            axis.scatter(x.numpy(), y.numpy(), s=size, color=colour, label=name, linewidths=0)
             counts.append(f"{int(on.sum())} {name}")
         _outlines(axis, sample[1]["boxes"])
         axis.set_title(f"stride {stride}: {', '.join(counts)}", fontsize=9)
@@ -164,9 +164,9 @@ def distributions(edge: Edge) -> Figure:
     for i, (axis, name) in enumerate(zip(axes[1:], EDGES, strict=True)):
         for (model, rows), colour in zip(edge.probabilities.items(), colours, strict=True):
             if model == next(iter(edge.probabilities)):
-                axis.bar(edge.bins, rows[i], color=colour, alpha=0.45, width=0.8, label=model)
+                axis.bar(edge.bins.numpy(), rows[i].numpy(), color=colour, alpha=0.45, width=0.8, label=model)
             else:
-                axis.plot(edge.bins, rows[i], "o-", color=colour, ms=3, lw=1.2, label=model)
+                axis.plot(edge.bins.numpy(), rows[i].numpy(), "o-", color=colour, ms=3, lw=1.2, label=model)
         axis.axvline(float(edge.truth[i]), color=TRUTH, ls="--", lw=1, label="truth")
         axis.set_title(f"{name} edge", fontsize=10)
         axis.set_xlabel(f"distance from the point, strides of {edge.stride} px", fontsize=8)

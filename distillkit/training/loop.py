@@ -34,6 +34,7 @@ from distillkit.training import checkpoint
 from distillkit.training.errors import CheckpointError, Interrupted, RunError
 from distillkit.training.metrics import Metrics
 from distillkit.training.optim import MovingAverage, build_optimizer, learning_rate_factor
+from distillkit.training.processes import processes
 from distillkit.training.progress import Progress
 
 if TYPE_CHECKING:
@@ -109,8 +110,10 @@ def fit(job: Job, console: Console) -> dict[str, Any]:
                     if stop or run.at.step % job.train.save_every == 0:
                         run.save()
                     if stop:
-                        raise Interrupted(f"{job.name}: saved after step {run.at.step}; go on with: {job.resume}")
+                        raise run.interruption()
                 run.end_epoch()
+                if run.stopped(interrupt, together=True):
+                    raise run.interruption()
             if not run.at.scores:
                 run.evaluate()
         return run.finish()
@@ -204,11 +207,15 @@ class Run:
             self.metrics.flush()
         self.core.check_finite()
 
-    def stopped(self, interrupt: threading.Event) -> bool:
-        """Whether any process was interrupted. With several, asked at the looks only, and all of them stop there."""
+    def interruption(self) -> Interrupted:
+        return Interrupted(f"{self.job.name}: saved after step {self.at.step}; go on with: {self.job.resume}")
+
+    def stopped(self, interrupt: threading.Event, together: bool = False) -> bool:
+        """Whether any process was interrupted. Several ask each other at the looks only, or where they meet anyway
+        (``together``), and all of them stop there."""
         if self.accelerator.num_processes == 1:
             return interrupt.is_set()
-        if self.at.step % LOOK_EVERY:
+        if not together and self.at.step % LOOK_EVERY:
             return False
         if interrupt.is_set():
             self.accelerator.set_trigger()
@@ -314,6 +321,7 @@ def _accelerator(amp: str) -> Accelerator:
     AcceleratorState._reset_state()  # the jobs of one run may differ in precision; Accelerate keeps the first one's
     if amp == "fp16" and not torch.accelerator.is_available():
         raise RunError("train.amp is fp16, which needs an accelerator, and this machine shows none; use bf16 or no")
+    processes()  # joins them, before Accelerator would miss those on the CPU
     accelerator = Accelerator(mixed_precision=amp)
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise RunError(

@@ -16,6 +16,7 @@ from distillkit.evaluation.draw import draw_boxes
 from distillkit.recipe import Recipe
 from distillkit.training import build, checkpoint
 from distillkit.training.errors import RunError
+from distillkit.training.processes import processes
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -39,7 +40,7 @@ def predict(recipe: Recipe, weights: Path | None, images: list[Path], folder: Pa
     model = build.build_model(recipe.student, len(data.classes), recipe.evaluate)
     if weights is not None:
         build.load_checkpoint(model, weights)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = processes().device
     model.to(device).eval()
     resize = Resize((recipe.data.size[0], recipe.data.size[1]), recipe.data.keep_ratio)
     rows: list[dict[str, Any]] = []

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate.state import PartialState
 from rich.console import Console
 from torch import nn
 
@@ -24,6 +23,7 @@ from distillkit.training import build, checkpoint
 from distillkit.training.errors import RunError
 from distillkit.training.evaluate import plain, score
 from distillkit.training.loop import Job, fit
+from distillkit.training.processes import processes
 from distillkit.training.report import write_report
 from distillkit.training.table import rich_table, write_table
 
@@ -57,7 +57,7 @@ def run(recipe: Recipe, fresh: bool = False, console: Console | None = None, com
         RunError: the folder holds a run of another recipe, or the recipe cannot be run.
         Interrupted: Ctrl-C; the run can be resumed.
     """
-    state = PartialState()
+    state = processes()
     console = console or Console()
     if not state.is_main_process:
         console = Console(quiet=True)
@@ -160,9 +160,9 @@ class Jobs:
         path = folder / f"scores-{self.recipe.evaluate.split}.json"
         if not path.exists():
             scores = plain(score(model, self.judged, self.recipe.data.batch, self.recipe.data.workers))
-            if PartialState().is_main_process:
+            if processes().is_main_process:
                 checkpoint.write_json(path, scores)
-            PartialState().wait_for_everyone()
+            processes().wait_for_everyone()
         scores = checkpoint.read_json(path)
         parameters = sum(p.numel() for p in model.parameters())
         measured = {key: scores[key] for key in ("AP", "AP50", "AP75")}
@@ -218,8 +218,8 @@ def versions(recipe: Recipe) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": recipe.train.threads or torch.get_num_threads(),
-        "processes": PartialState().num_processes,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else PartialState().device.type,
+        "processes": processes().num_processes,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processes().device.type,
         "commit": _commit(),
         "seed": recipe.seed,
         "command": " ".join(sys.argv),

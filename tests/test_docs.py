@@ -1,0 +1,128 @@
+"""The documentation is true: its Python runs, its recipes are right, its links lead somewhere, its quotes are quotes."""
+
+import os
+import re
+import socket
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distillkit.recipe import load
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DATA = os.environ.get("DISTILLKIT_DATA")
+FENCE = re.compile(r"^```(\w+)(?: (needs-weights))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: Path, language: str, needs_weights: bool = False) -> list[str]:
+    found = FENCE.findall(page.read_text(encoding="utf-8"))
+    return [text for kind, needs, text in found if kind == language and bool(needs) == needs_weights]
+
+
+def pages_with(language: str, needs_weights: bool = False) -> list:
+    return [pytest.param(p, id=p.relative_to(ROOT).as_posix()) for p in PAGES if blocks(p, language, needs_weights)]
+
+
+def run(page: Path, sources: list[str]) -> None:
+    names: dict = {"__name__": page.stem}
+    for number, source in enumerate(sources):
+        exec(compile(source, f"{page.name}, python block {number}", "exec"), names)
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """An empty folder; the only rank of a group that may be opened; a compiler that needs no C++ (its code is tested elsewhere)."""
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.manual_seed(0)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_python_of_a_page_runs_from_top_to_bottom(page, alone):
+    if page.name == "recipes.md":
+        pytest.skip("its Python is the outline of a package; tests/test_recipe.py holds the page's recipes")
+    run(page, blocks(page, "python"))
+
+
+@pytest.mark.skipif(DATA is None, reason="set DISTILLKIT_DATA to the folder that holds weights_nanodet")
+@pytest.mark.parametrize("page", pages_with("python", needs_weights=True))
+def test_python_that_needs_weights_runs(page, alone):
+    Path("weights_nanodet").symlink_to(Path(DATA) / "weights_nanodet")
+    run(page, blocks(page, "python", needs_weights=True))
+
+
+@pytest.mark.parametrize("page", pages_with("yaml"))
+def test_recipes_of_a_page_are_right(page, tmp_path):
+    if page.name == "recipes.md":
+        pytest.skip("tests/test_recipe.py loads them")
+    for number, block in enumerate(blocks(page, "yaml")):
+        file = tmp_path / f"block{number}.yaml"
+        file.write_text(block)
+        load(file)
+
+
+def anchors(page: Path) -> set[str]:
+    """What headings are called in links, as GitHub makes it."""
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    heads = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"https?:|mailto:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name}: {link} leads nowhere"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}: no such heading"
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in index
+
+
+def test_the_first_two_commands_of_the_readme_are_those_that_ci_runs():
+    assert blocks(ROOT / "README.md", "bash")[:2] == [
+        "pip install -e . && distillkit run recipes/quickstart.yaml\n",
+        'pip install -e ".[test]" && pytest\n',
+    ]
+    assert FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8"))[1][0] == "bash"
+
+
+def test_the_readme_has_a_place_for_the_table_of_the_quickstart():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.search(r"<!-- table:quickstart -->\n.*?<!-- end -->", readme, re.DOTALL)
+    assert readme.count("<!-- table:quickstart -->") == readme.count("<!-- end -->") == 1
+
+
+def test_messages_that_the_docs_explain_are_messages_of_the_code():
+    """The first column of tables headed "the error says"; ... stands for what differs from case to case."""
+    code = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "distillkit").rglob("*.py")))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # messages written over several lines
+    quoted = [
+        row
+        for page in PAGES
+        for table in re.findall(r"^\| the error says \|.*?\n((?:\|.*\n)+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+        for row in re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)
+    ]
+    assert quoted
+    for message in quoted:
+        for part in filter(None, message.split("...")):
+            assert part.strip() in code, f"no message says {part.strip()!r}"
