@@ -1,7 +1,8 @@
-"""The documentation is true: its Python runs, its recipes are right, its links lead somewhere, its quotes are quotes."""
+"""The documentation is true: its Python runs, its recipes are right, its links and quotes hold."""
 
 import os
 import re
+import runpy
 import socket
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 
 from distillkit.recipe import load
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-DATA = os.environ.get("DISTILLKIT_DATA")
+DATA = os.environ.get("DISTILLKIT_DATA", "")
 FENCE = re.compile(r"^```(\w+)(?: (needs-weights))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -23,19 +25,24 @@ def blocks(page: Path, language: str, needs_weights: bool = False) -> list[str]:
     return [text for kind, needs, text in found if kind == language and bool(needs) == needs_weights]
 
 
+def params(pages: list[Path]) -> list:
+    return [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in pages]
+
+
 def pages_with(language: str, needs_weights: bool = False) -> list:
-    return [pytest.param(p, id=p.relative_to(ROOT).as_posix()) for p in PAGES if blocks(p, language, needs_weights)]
+    """All but recipes.md: tests/test_recipe.py holds its recipes, and its Python is the outline of a package."""
+    return params([p for p in PAGES if p.name != "recipes.md" and blocks(p, language, needs_weights)])
 
 
 def run(page: Path, sources: list[str]) -> None:
-    names: dict = {"__name__": page.stem}
-    for number, source in enumerate(sources):
-        exec(compile(source, f"{page.name}, python block {number}", "exec"), names)
+    script = Path(f"{page.stem}.py")
+    script.write_text("\n".join(sources), encoding="utf-8")
+    runpy.run_path(str(script))
 
 
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
-    """An empty folder; the only rank of a group that may be opened; a compiler that needs no C++ (its code is tested elsewhere)."""
+    """An empty folder, the only rank of a group that may be opened, and a compiler that traces but needs no C++."""
     monkeypatch.chdir(tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -45,18 +52,17 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch.manual_seed(0)
     yield
+    AcceleratorState._reset_state(reset_partial_state=True)  # else the next test's mixed precision is this one's
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_python_of_a_page_runs_from_top_to_bottom(page, alone):
-    if page.name == "recipes.md":
-        pytest.skip("its Python is the outline of a package; tests/test_recipe.py holds the page's recipes")
     run(page, blocks(page, "python"))
 
 
-@pytest.mark.skipif(DATA is None, reason="set DISTILLKIT_DATA to the folder that holds weights_nanodet")
+@pytest.mark.skipif(not DATA, reason="set DISTILLKIT_DATA to the folder that holds weights_nanodet")
 @pytest.mark.parametrize("page", pages_with("python", needs_weights=True))
 def test_python_that_needs_weights_runs(page, alone):
     Path("weights_nanodet").symlink_to(Path(DATA) / "weights_nanodet")
@@ -65,8 +71,6 @@ def test_python_that_needs_weights_runs(page, alone):
 
 @pytest.mark.parametrize("page", pages_with("yaml"))
 def test_recipes_of_a_page_are_right(page, tmp_path):
-    if page.name == "recipes.md":
-        pytest.skip("tests/test_recipe.py loads them")
     for number, block in enumerate(blocks(page, "yaml")):
         file = tmp_path / f"block{number}.yaml"
         file.write_text(block)
@@ -80,7 +84,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", params([*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]))
 def test_links_lead_somewhere(page):
     prose = FENCE.sub("", page.read_text(encoding="utf-8"))
     for link in re.findall(r"\]\(([^)\s]+)\)", prose):
@@ -116,12 +120,9 @@ def test_messages_that_the_docs_explain_are_messages_of_the_code():
     """The first column of tables headed "the error says"; ... stands for what differs from case to case."""
     code = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "distillkit").rglob("*.py")))
     code = re.sub(r'"\s*\n\s*f?"', "", code)  # messages written over several lines
-    quoted = [
-        row
-        for page in PAGES
-        for table in re.findall(r"^\| the error says \|.*?\n((?:\|.*\n)+)", page.read_text(encoding="utf-8"), re.MULTILINE)
-        for row in re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)
-    ]
+    docs = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    tables = re.findall(r"^\| the error says \|.*?\n((?:\|.*\n)+)", docs, re.MULTILINE)
+    quoted = [row for table in tables for row in re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)]
     assert quoted
     for message in quoted:
         for part in filter(None, message.split("...")):
