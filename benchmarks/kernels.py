@@ -1,17 +1,15 @@
 """What the localization distillation loss and its region cost, as ratios to the forms they are usually written in.
 
-    python benchmarks/kernels.py
+    python benchmarks/kernels.py --write benchmarks/results/kernels.md
 
 Two pictures of 800 x 1333 through a pyramid of strides 8 to 128: 44,600 anchors of 4 edges of 17 bins, 5 % of them in
 the region. Process CPU time on one thread, all forms in turn in one process: what else the machine does falls on all
 alike. The usual form runs twice, and the ratio of the two runs ("again") says how far ratios can be trusted.
-Prints a Markdown table.
+Prints a Markdown table, and writes it where `--write` says.
 """
 
 import argparse
-import datetime
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from machine import heading, table, write
 from torch import Tensor
 
 from distillkit.boxes.anchors import grid_anchors
@@ -39,23 +38,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=31, help="how often every form runs")
     parser.add_argument("--seed", type=int, default=0, help="of the logits, regions and boxes")
+    parser.add_argument("--write", type=Path, help="write the table to this file, too")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
     rows = [
-        *table("LD loss, forward and backward", loss_forms(args.seed), args.rounds),
-        *table("valuable region of one picture, 20 boxes", region_forms(args.seed), args.rounds),
+        *timed("LD loss, forward and backward", loss_forms(args.seed), args.rounds),
+        *timed("valuable region of one picture, 20 boxes", region_forms(args.seed), args.rounds),
     ]
-    print("| what | form | CPU ms | ratio | largest difference (relative) |\n|---|---|---|---|---|")
-    print("\n".join(rows))
-    print(
-        f"\n{IMAGES} x {HEIGHT} x {WIDTH}, {IMAGES * sum(COUNTS):,} anchors; medians of {args.rounds} rounds, "
-        f"seed {args.seed}; {processor()}, one thread; torch {torch.__version__}, Python {platform.python_version()}; "
-        f"{datetime.date.today()}"
+    text = "\n\n".join(
+        [
+            heading(
+                "Localization distillation: the loss and its region",
+                "python benchmarks/kernels.py --write benchmarks/results/kernels.md",
+                args.seed,
+            ),
+            f"{IMAGES} x {HEIGHT} x {WIDTH} pixels, {IMAGES * sum(COUNTS):,} anchors, one thread; medians of "
+            f"{args.rounds} rounds.",
+            table(["what", "form", "CPU ms", "ratio", "largest difference (relative)"], rows),
+        ]
     )
+    write(text, args.write)
 
 
-def table(what: str, forms: dict[str, Callable[[], Tensor]], rounds: int) -> list[str]:
+def timed(what: str, forms: dict[str, Callable[[], Tensor]], rounds: int) -> list[list[str]]:
     """One row a form; the first form is the one the others are measured against."""
     results = {name: form() for name, form in forms.items()}  # warms up, too
     reference = next(iter(results.values()))
@@ -70,7 +76,7 @@ def table(what: str, forms: dict[str, Callable[[], Tensor]], rounds: int) -> lis
     base = next(iter(medians.values()))
     error = {name: float((result - reference).abs().max() / reference.abs().max()) for name, result in results.items()}
     return [
-        f"| {what} | {name} | {median * 1e3:.1f} | {median / base:.2f} | {error[name]:.0e} |"
+        [what, name, f"{median * 1e3:.1f}", f"{median / base:.2f}", f"{error[name]:.0e}"]
         for name, median in medians.items()
     ]
 
@@ -171,14 +177,6 @@ def fast_overlaps(anchors: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tenso
     a, b = anchors[:, None], boxes[None]
     iou, apart = pairwise_iou(anchors, boxes), centre_distance(a, b)
     return iou, iou - apart / enclosing_diagonal(a, b), apart.sqrt()
-
-
-def processor() -> str:
-    """The CPU's name, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,13 @@ def predict_dataset(
     """
     keys = [(0, i) for i in range(len(dataset))]
     batches = [keys[i : i + batch] for i in range(0, len(keys), batch)]
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
+    loader: DataLoader = DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # its own: starting the workers must not move the global one
+    )
     predictions: list[dict[str, Any]] = []
     with evaluating(model), torch.inference_mode():
         for items in loader:

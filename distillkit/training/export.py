@@ -145,7 +145,7 @@ def _onnx(dense: Dense, pictures: Tensor, wanted: tuple[Tensor, ...], path: Path
 
 
 def _largest(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(got, wanted, strict=True))
+    return max(float((a - b).detach().abs().max()) for a, b in zip(got, wanted, strict=True))
 
 
 def _decoding(student: Any, data: Any, pictures: Tensor) -> dict[str, Any]:

@@ -86,8 +86,19 @@ class Jobs:
         self.classes = len(self.val.classes)
         split = recipe.evaluate.split
         self.judged = self.val if split == "val" else build.build_data(recipe, split, augmented=False)
+        self.train = build.build_data(recipe, "train", augmented=True)
+        self._check_classes()
         self.table: list[dict[str, Any]] = []
         self.folders: dict[str, Path] = {}
+
+    def _check_classes(self) -> None:
+        """Labels are places in the list of classes: with another list in another split they would mean other things."""
+        for split, data in (("train", self.train), (self.recipe.evaluate.split, self.judged)):
+            if data.classes != self.val.classes:
+                raise RunError(
+                    f"data.{split} has the classes {', '.join(data.classes)}; data.val has {', '.join(self.val.classes)}: "
+                    "the splits need the same classes in the same order"
+                )
 
     def teacher(self, name: str, config: schema.TeacherModel) -> nn.Module:
         """A teacher as it comes, or trained now if its block says so; evaluated either way."""
@@ -102,7 +113,7 @@ class Jobs:
     def row(self, row: schema.Row, teachers: Mapping[str, nn.Module]) -> nn.Module:
         """One student, trained as its row says."""
         model = self._model(schema.student_of(self.recipe, row.student))
-        folder = self._folder(row.row, build.slug(row.row))
+        folder = self._folder(row.row, schema.slug(row.row))
         train = schema.train_of(self.recipe, row.train)
         result = self._fit(row.row, folder, model, train, row.distillers, teachers)
         self._judge(row.row, folder, model, result["minutes"])
@@ -138,7 +149,7 @@ class Jobs:
                 name=name,
                 folder=folder,
                 model=wrapped,
-                data=build.build_data(self.recipe, "train", augmented=True),
+                data=self.train,
                 evaluate=lambda student: plain(score(student, self.val, data.batch, data.workers)),
                 train=train,
                 seed=self.recipe.seed,

@@ -1,0 +1,253 @@
+"""Every row of a recipe with several seeds: mean, spread, and the paired difference to the first row.
+
+    DISTILLKIT_DATA=/data python benchmarks/seeds.py benchmarks/bccd.yaml --seeds 5
+
+A cell of the table is a row with a seed. Each finished cell is one JSON line in benchmarks/results/NAME.jsonl, and no
+cell whose line is there is run again: stop at any time, call again, and ask for more seeds later. A cell that was
+stopped in the middle goes on from its last checkpoint below runs/. Teachers are trained once, with the recipe's own
+seed. Lines are kept by what made them (data, models, distillers, training, evaluation): after a change of the recipe
+the cells that it touches are run anew. The Markdown table beside the lines is written after every cell, and says how
+many seeds it rests on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import processor, table
+from pydantic import BaseModel
+from rich.console import Console
+from torch import nn
+
+from distillkit import recipe as schema
+from distillkit.recipe import Recipe, load
+from distillkit.training import build, checkpoint, metrics
+from distillkit.training.run import Jobs, open_folder, versions
+
+RESULTS = Path(__file__).parent / "results"
+NUMBERS = ("AP", "AP50", "AP75")
+#: steps at the end of a training over which its losses are averaged
+LAST = 50
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="its `compare` are the rows")
+    parser.add_argument("--seeds", type=int, default=5, help="0 .. SEEDS-1 are run")
+    parser.add_argument("--row", action="append", help="only this row, in this call; may be given several times")
+    parser.add_argument("overrides", nargs="*", help="as for distillkit run: key.path=value")
+    args = parser.parse_intermixed_args()
+    recipe = load(args.recipe, args.overrides)
+    unknown = set(args.row or ()) - {row.row for row in recipe.compare}
+    if unknown:
+        parser.error(f"no row {', '.join(sorted(unknown))}; there are: {', '.join(row.row for row in recipe.compare)}")
+    command = " ".join(["python benchmarks/seeds.py", args.recipe, f"--seeds {args.seeds}", *args.overrides])
+    bench = Bench(recipe, RESULTS / f"{recipe.name}.jsonl", command)
+    bench.write_table()
+    for seed in range(args.seeds):
+        for row in recipe.compare:
+            if row.row in (args.row or [row.row]) and bench.line(row, seed) is None:
+                bench.run(row, seed)
+                bench.write_table()
+
+
+class Bench:
+    """The lines of one recipe's table, and what makes them."""
+
+    def __init__(self, recipe: Recipe, path: Path, command: str):
+        self.recipe, self.path, self.command = recipe, path, command
+        self.folder = Path(recipe.output) / recipe.name
+        self.console = Console()
+        self.teachers: dict[str, nn.Module] = {}
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        self.lines = {line["cell"]: line for line in map(json.loads, text.splitlines())}
+
+    def line(self, row: schema.Row, seed: int) -> dict[str, Any] | None:
+        return self.lines.get(cell(self.recipe, row, seed))
+
+    def run(self, row: schema.Row, seed: int) -> None:
+        key = cell(self.recipe, row, seed)
+        self.console.rule(f"{row.row}, seed {seed}")
+        recipe = self.recipe.model_copy(update={"seed": seed, "compare": [row]})
+        folder = self.folder / key
+        open_folder(folder, recipe, fresh=False)
+        jobs = Jobs(recipe, folder, self.console, self.command)
+        jobs.row(row, {} if row.distillers == "none" else self._teachers())
+        self._add({"cell": key, "row": row.row, "seed": seed, **measured(jobs, row.row)})
+
+    def _teachers(self) -> dict[str, nn.Module]:
+        """Trained in the first call that needs them, and read from the run folder in later ones."""
+        configs = build.teacher_configs(self.recipe)
+        if configs and not self.teachers:
+            key = teacher_cell(self.recipe)
+            open_folder(self.folder / key, self.recipe.model_copy(update={"compare": []}), fresh=False)
+            jobs = Jobs(self.recipe, self.folder / key, self.console, self.command)
+            self.teachers = {name: jobs.teacher(name, config) for name, config in configs.items()}
+            for name in configs:
+                if f"{key}-{name}" not in self.lines:
+                    self._add({"cell": f"{key}-{name}", "row": name, "seed": self.recipe.seed, **measured(jobs, name)})
+        return self.teachers
+
+    def _add(self, line: dict[str, Any]) -> None:
+        self.lines[line["cell"]] = line
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_table(self) -> None:
+        """Both tables of the cells that are there."""
+        rows = {row.row: self._of(row) for row in self.recipe.compare}
+        key = teacher_cell(self.recipe)
+        teachers = {
+            name: [self.lines[f"{key}-{name}"]]
+            for name in build.teacher_configs(self.recipe)
+            if f"{key}-{name}" in self.lines
+        }
+        lines = [line for row in (teachers | rows).values() for line in row]
+        if not lines:
+            return
+        first = next(iter(rows.values()))
+        overall = [
+            [name, *_overall(of, first if of is not first else [])] for name, of in (teachers | rows).items() if of
+        ]
+        classes = list(lines[0]["classes"])
+        each = [
+            [name, *(_spread([line["classes"][c] for line in of]) for c in classes)]
+            for name, of in (teachers | rows).items()
+            if of
+        ]
+        head = [
+            "row",
+            "n",
+            *NUMBERS,
+            f"AP less {next(iter(rows))}, same seed",
+            "AP75 less",
+            "minutes",
+            "distillers' losses / loss_bbox",
+        ]
+        text = [
+            f"# {self.recipe.name}",
+            f"`{self.command}`",
+            f"On `{self.recipe.evaluate.split}`, in per cent: mean ± deviation over n seeds. {_made_on(lines)}",
+            table(head, overall),
+            "AP of each class:",
+            table(["row", *classes], each),
+        ]
+        self.path.with_suffix(".md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+
+    def _of(self, row: schema.Row) -> list[dict[str, Any]]:
+        """The lines of a row, by seed."""
+        seeds = {line["seed"] for line in self.lines.values()}
+        return [line for seed in sorted(seeds) if (line := self.line(row, seed))]
+
+
+def cell(recipe: Recipe, row: schema.Row, seed: int) -> str:
+    """The name of a cell: the row, the seed, and a digest of all that its numbers come from, except the code."""
+    made_by = [
+        *_judged_on(recipe),
+        _changed(schema.student_of(recipe, row.student)),
+        _changed(schema.train_of(recipe, row.train)),
+    ]
+    if row.distillers != "none":
+        chosen = [d for d in recipe.distillers if row.distillers == "all" or d.name in row.distillers]
+        made_by += [*map(_changed, chosen), teacher_cell(recipe)]
+    return f"{schema.slug(row.row)}-{seed}-{_digest(made_by)}"
+
+
+def teacher_cell(recipe: Recipe) -> str:
+    models = [_changed(config) for config in build.teacher_configs(recipe).values()]
+    return f"teachers-{_digest([*_judged_on(recipe), *models, _changed(recipe.train), recipe.seed])}"
+
+
+def _judged_on(recipe: Recipe) -> list[dict[str, Any]]:
+    return [
+        _changed(recipe.data, {"root", "workers"}),
+        _changed(recipe.evaluate),
+    ]  # the same data elsewhere are the same
+
+
+def _changed(block: BaseModel, without: set[str] | None = None) -> dict[str, Any]:
+    """What is not as by default: a key that the schema gets later must not make all lines void."""
+    return block.model_dump(mode="json", exclude_defaults=True, exclude=without)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def measured(jobs: Jobs, name: str) -> dict[str, Any]:
+    """What a line says of a job: scores, parameters, minutes, its last losses, and what it was made with."""
+    row, folder = jobs.table[-1], jobs.folders[name]
+    scores = checkpoint.read_json(folder / f"scores-{jobs.recipe.evaluate.split}.json")
+    made_with = versions(jobs.recipe)
+    return {
+        **{number: row[number] for number in NUMBERS},
+        "classes": {of: numbers["ap"] for of, numbers in scores["classes"].items()},
+        "parameters": row["parameters"],
+        "minutes": row["minutes"],
+        "losses": last_losses(folder),
+        "commit": made_with["commit"],
+        "torch": made_with["packages"]["torch"],
+        "machine": f"{processor()}, {torch.get_num_threads()} threads",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def last_losses(folder: Path) -> dict[str, float]:
+    """Each loss of a training, averaged over its last steps; none for a model that was not trained."""
+    path = folder / "metrics.jsonl"
+    steps = [row["losses"] for row in metrics.read(path) if row["kind"] == "train"][-LAST:] if path.exists() else []
+    return {name: statistics.fmean(step[name] for step in steps) for name in steps[0]} if steps else {}
+
+
+def _overall(lines: list[dict[str, Any]], first: list[dict[str, Any]]) -> list[str]:
+    """The cells of a row after its name; ``first``: the lines it is compared with, seed by seed."""
+    others = {line["seed"]: line for line in first}
+    pairs = [(line, others[line["seed"]]) for line in lines if line["seed"] in others]
+    gains = [_spread([a[number] - b[number] for a, b in pairs], "+.1f") if pairs else "" for number in ("AP", "AP75")]
+    minutes = [line["minutes"] for line in lines if line["minutes"] is not None]
+    return [
+        str(len(lines)),
+        *(_spread([line[number] for line in lines]) for number in NUMBERS),
+        *gains,
+        f"{statistics.fmean(minutes):.1f}" if minutes else "-",
+        _ratios(lines),
+    ]
+
+
+def _ratios(lines: list[dict[str, Any]]) -> str:
+    task = ("loss_bbox", "loss_cls", "loss_dfl")
+    names = [name for name in lines[0]["losses"] if name not in task]
+    means = {n: statistics.fmean(line["losses"][n] / line["losses"]["loss_bbox"] for line in lines) for n in names}
+    return ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
+
+
+def _spread(values: list[float], form: str = ".1f") -> str:
+    mean = f"{100 * statistics.fmean(values):{form}}"
+    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def _made_on(lines: list[dict[str, Any]]) -> str:
+    """Machines, versions and dates of all lines."""
+
+    def said(key: str) -> str:
+        return ", ".join(sorted({line[key] or "?" for line in lines}))
+
+    dates = sorted(line["date"] for line in lines)
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    seeds = ", ".join(map(str, sorted({line["seed"] for line in lines})))
+    return f"Seeds {seeds}. {said('machine')}; torch {said('torch')}; {when}."
+
+
+if __name__ == "__main__":
+    main()

