@@ -1,6 +1,7 @@
 """A whole run from a recipe, and the verbs on what it leaves."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -10,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
+import distillkit
 from distillkit.data.scenes import Scenes
 from distillkit.recipe import load
 from distillkit.training import build
@@ -174,3 +176,36 @@ def test_export_agrees_with_the_student(recipe, folder, tmp_path):
 def test_export_says_what_it_cannot_do(recipe, tmp_path):
     with pytest.raises(RunError, match="'tflite'"):
         export(recipe, None, tmp_path, ["tflite"])
+
+
+def test_every_key_of_a_block_reaches_what_is_built(recipe, tmp_path):
+    text = RECIPE.replace("strides: [8, 16, 32]}\ndist", "strides: [8, 16, 32], frozen_stages: 2}\ndist")
+    text = text.replace("{kind: feature-imitation}", "{kind: feature-imitation, region: gi, convention: release}")
+    (tmp_path / "r.yaml").write_text(text)
+    changed = load(tmp_path / "r.yaml")
+    student = build.build_model(changed.student, 10, changed.evaluate)
+    frozen = {name.split(".")[1] for name, p in student.named_parameters() if not p.requires_grad}
+    assert frozen == {"conv_stem", "bn1", "blocks"}
+    (imitation,) = build.build_distillers(changed, ["feature_imitation"], 10)
+    assert imitation.convention == "release"
+
+
+class Nothing(distillkit.Distiller):
+    reads = distillkit.ClassLogits
+    short_name = "nothing"
+
+
+def test_a_loss_of_a_custom_distiller_is_called_as_in_the_recipe(recipe, tmp_path):
+    distillkit.register_distiller("theirs", Nothing)
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("{kind: feature-imitation}", "{kind: custom, name: theirs}"))
+    (built,) = build.build_distillers(load(tmp_path / "r.yaml"), ["theirs"], 10)
+    assert built.name == "theirs"
+
+
+def test_splits_with_other_classes_are_refused(recipe, tmp_path, monkeypatch):
+    def data(recipe, split, augmented):
+        return SimpleNamespace(classes=["cat", "dog"] if split == "train" else ["dog", "cat"])
+
+    monkeypatch.setattr(build, "build_data", data)
+    with pytest.raises(RunError, match=r"data\.train has the classes cat, dog; data\.val has dog, cat"):
+        run(recipe.model_copy(update={"output": str(tmp_path)}), console=Console(quiet=True))
