@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,44 +29,54 @@ def wrap(
 
     Args:
         student: any model. Its class, forward and ``state_dict`` stay as they are.
-        teacher: a trained model, a ``Teacher`` with options, an ``EMATeacher``, or several by name; None if every distiller
-            brings its own (``SelfLD``).
-        distillers: what to learn, e.g. ``[LogitKD(temperature=4)]``. Each learns from the teacher it names, or the only one.
-        criterion: ``criterion(student output, targets) -> loss or dict of losses``, for a student that takes no targets (a
-            classifier). The wrapped model is then called with the student's arguments and the targets last.
-        adapter: where the student's views are (and a teacher's that has no adapter of its own), for models that are not known.
+        teacher: a trained model, a ``Teacher`` with options, an ``EMATeacher``, or several by name; None if every
+            distiller brings its own (``SelfLD``).
+        distillers: what to learn, e.g. ``[LogitKD(temperature=4)]``. Each learns from the teacher it names, or the only
+            one.
+        criterion: ``criterion(student output, targets) -> loss or dict of losses``, for a student that takes no targets
+            (a classifier). The wrapped model is then called with the student's arguments and the targets last.
+        adapter: where the student's views are, for models that are not known; and those of a teacher that is not known
+            either and has no adapter of its own.
 
     Returns:
-        The wrapped model: ``model(images, targets)`` in train mode gives ``Losses``; in eval mode it is the student's call;
-        ``model.unwrap()`` gives the student back.
+        The wrapped model: ``model(images, targets)`` in train mode gives ``Losses``; in eval mode it is the student's
+        call; ``model.unwrap()`` gives the student back.
 
     Raises:
         WrapError, TapError, ViewError: the student or a teacher cannot be wrapped so; the message says what to do.
     """
     if not isinstance(student, nn.Module):
         raise WrapError(f"student: expected a torch.nn.Module, got {type(student).__name__}")
-    named = dict(teacher) if isinstance(teacher, Mapping) else {} if teacher is None else {"teacher": teacher}
+    given = dict(teacher) if isinstance(teacher, Mapping) else {} if teacher is None else {"teacher": teacher}
+    brought: dict[str, TeacherLike] = {}
     for distiller in distillers:
         if not isinstance(distiller, Distiller):
             raise WrapError(f"distillers: expected Distiller objects, got {type(distiller).__name__}")
         own = distiller.own_teacher()
         if own is not None:
             distiller.teacher = distiller.teacher or distiller.name
-            named[distiller.teacher] = own
-    teachers = {name: _as_teacher(name, t) for name, t in named.items()}
-    for t in teachers.values():
-        if isinstance(t, Teacher) and t.adapter is None:
-            t.adapter = (
-                adapter
-                if adapter is not None and type(t.model) is type(student)
-                else adapter_for(t.model, fallback=adapter)
-            )
-    return DistilledModel(student, teachers, distillers, criterion, adapter or adapter_for(student))
+            if distiller.teacher in {**given, **brought}:
+                raise WrapError(f"two teachers would be called {distiller.teacher!r}: give the distiller another name=")
+            brought[distiller.teacher] = own
+    teachers = {name: _as_teacher(name, t, adapter) for name, t in {**given, **brought}.items()}
+    choice = list(given or brought)
+    return DistilledModel(
+        student=student,
+        teachers=teachers,
+        distillers=distillers,
+        criterion=criterion,
+        adapter=adapter or adapter_for(student),
+        default_teacher=choice[0] if len(choice) == 1 else None,
+    )
 
 
-def _as_teacher(name: str, teacher: TeacherLike) -> Teacher | EMATeacher:
-    if isinstance(teacher, Teacher | EMATeacher):
-        return teacher
+def _as_teacher(name: str, teacher: TeacherLike, fallback: Adapter | None) -> Teacher | EMATeacher:
+    """A teacher that has its adapter: its own, its family's, or ``fallback``."""
     if isinstance(teacher, nn.Module):
-        return Teacher(teacher)
-    raise WrapError(f"teacher {name!r}: expected a torch.nn.Module or a Teacher, got {type(teacher).__name__}")
+        teacher = Teacher(teacher)
+    if not isinstance(teacher, Teacher | EMATeacher):
+        raise WrapError(f"teacher {name!r}: expected a torch.nn.Module or a Teacher, got {type(teacher).__name__}")
+    if isinstance(teacher, Teacher) and teacher.adapter is None:
+        teacher = copy.copy(teacher)  # the caller's may teach another student, with another adapter
+        teacher.adapter = adapter_for(teacher.model, fallback)
+    return teacher

@@ -79,11 +79,19 @@ class _Data(Strict):
     """Network input in pixels: [height, width], or one number for both."""
     keep_ratio: bool = False
     """False: the picture is stretched to the size. True: it keeps its aspect, and the size bounds both of its sides."""
+    pad: bool = False
+    """With keep_ratio: fill up with black, right and below, to exactly the size."""
     augment: Augment = Augment()
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes; 0 loads in the training process."""
     batch: Count = 8
     """Pictures a process and step."""
+
+    @model_validator(mode="after")
+    def _pads_what_keeps_its_ratio(self) -> _Data:
+        if self.pad and not self.keep_ratio:
+            raise ValueError("pad: true needs keep_ratio: true; a stretched picture leaves nothing to fill")
+        return self
 
 
 class CocoData(_Data):
@@ -163,8 +171,10 @@ class NanoDetModel(Strict):
     variant: Literal["nanodet-m", "nanodet-plus-m_320", "nanodet-plus-m_416"]
     folder: str
     """Folder of the .param and .bin files."""
-    new_head: bool = False
-    """True: the head's last layers are drawn anew, for other classes or a start from scratch."""
+    weights: Literal["trained", "new-head", "none"] = "trained"
+    """new-head: all but the output layers, which are drawn anew, for other classes. none: from scratch."""
+    convention: Literal["default", "release"] = "default"
+    """`release`: boxes as the published numbers were measured, by the width over a level's cells; for `eval` only."""
     checkpoint: str | None = None
 
 
@@ -611,7 +621,7 @@ def _wrong_together(raw: dict[str, Any]) -> Iterator[Wrong]:
     if raw.get("teacher") is not None and raw.get("teachers"):
         yield ("teachers",), "give either teacher, or several under teachers"
     for keys, teacher in _teachers(raw):
-        untrained = teacher.get("kind") == "gfl" or teacher.get("new_head") is True
+        untrained = teacher.get("kind") == "gfl" or teacher.get("weights") in ("new-head", "none")
         if untrained and teacher.get("checkpoint") is None and teacher.get("train") is None:
             yield keys, "has no trained weights: give `checkpoint: FILE`, or `train: {}` to train it first"
         if teacher.get("checkpoint") is not None and teacher.get("train") is not None:

@@ -9,6 +9,7 @@ from torch import nn
 
 import distillkit
 from distillkit import LD, BoxTargets, DenseDetections, DistributionHead, FeatureImitation, LogitKD, Main, Valuable
+from distillkit.adapters.gfl import gfl
 from distillkit.boxes.distribution import decode, encode, integral
 from distillkit.boxes.maps import Maps
 from distillkit.core.errors import AdapterError, TapError, ViewError
@@ -51,6 +52,29 @@ def test_a_detector_named_by_paths_gives_the_same_as_one_that_is_known():
     for name in list(a)[:-1]:
         torch.testing.assert_close(a[name], b[name])
         assert a[name] > 0
+
+
+def test_a_teacher_of_a_known_family_is_read_by_its_own_adapter():
+    """Student and teacher are of one class, and the adapter that is given describes the student alone."""
+    student, teacher = detector(strides=(8, 16)), detector()
+    model = distillkit.wrap(student, teacher, [LD()], adapter=gfl(student))
+    model([torch.rand(3, 64, 64)], scene()[1][:1])
+    assert model._teacher_sides["teacher"].adapter.strides == (8, 16, 32)
+
+
+def test_a_teacher_of_no_known_family_is_read_as_the_student_is():
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = detector()
+
+        def forward(self, *args):
+            return self.inner(*args)
+
+    paths = {"classes": "inner.head.gfl_cls", "edges": "inner.head.scales.*"}
+    model = distillkit.wrap(Mine(), Mine(), [LD()], adapter=DistributionHead(**{**GFL_HEAD, **paths}))
+    assert model(*scene())["ld_main"].requires_grad
+    assert model._teacher_sides["teacher"].adapter is model._student_side.adapter
 
 
 def test_a_tap_before_the_scale_is_found_out():
@@ -118,9 +142,9 @@ def test_wrong_names_and_numbers(change, message):
 
 
 def test_different_bins_and_classes_are_named():
-    with pytest.raises(ValueError, match="8 bins an edge, the teacher 6"):
+    with pytest.raises(ViewError, match=r"^distiller 'ld_main': the student has 8 bins an edge, the teacher 6"):
         distillkit.wrap(detector(), detector(bins=6), [LD()])(*scene())
-    with pytest.raises(ValueError, match="3 classes, the teacher 4"):
+    with pytest.raises(ViewError, match=r"^distiller 'kd_main': the student has 3 classes, the teacher 4"):
         distillkit.wrap(detector(), detector(classes=4), [LogitKD(Main())])(*scene())
     distillkit.wrap(detector(), detector(classes=4), [LD()])(*scene())  # LD does not look at classes
 
@@ -139,9 +163,16 @@ def test_a_teachers_extra_level_is_left_out_and_named(caplog):
     assert "level of stride 32 is left out" in caplog.text
 
 
+def test_pictures_and_targets_may_be_given_by_name():
+    images, targets = scene()
+    model = distillkit.wrap(detector(), detector(), [LD()])
+    by_name = model(targets=targets, images=images)
+    torch.testing.assert_close(by_name["ld_main"], model(images, targets)["ld_main"])
+
+
 def test_bad_targets():
     model = distillkit.wrap(detector(), detector(), [LD()])
-    with pytest.raises((ViewError, ValueError), match="boxes"):
+    with pytest.raises(ValueError, match=r"target 0: .*boxes"):
         model(scene()[0], [{"labels": torch.tensor([1])}, {}])
 
 

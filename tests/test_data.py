@@ -10,11 +10,15 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
+from distillkit import plugins
 from distillkit.data.coco import CocoDetection
 from distillkit.data.problems import DataError
 from distillkit.data.sampler import EpochSampler, collate, epoch_batches
 from distillkit.data.transforms import Augment, Resize, cropped, fitted, generator_for, sample_of
 from distillkit.data.voc import VocDetection
+from distillkit.recipe import RecipeError, load
+from distillkit.training.build import build_data, build_resize
+from distillkit.training.predict import predict
 
 
 def coco_folder(root: Path, pictures: int = 6) -> Path:
@@ -119,6 +123,49 @@ def test_padding_is_right_and_below(tmp_path):
     torch.testing.assert_close(
         target["boxes"] / torch.tensor([*target["scale"]] * 2), torch.tensor([[11.0, 6, 31, 18]])
     )
+
+
+PADDED = """
+data: {{kind: coco, root: {root}, train: train.json, val: train.json, size: 96, keep_ratio: true, pad: true}}
+student: {{kind: custom, name: whole-picture}}
+"""
+
+
+def padded_recipe(folder: Path):
+    root = coco_folder(folder / "coco")
+    (folder / "r.yaml").write_text(PADDED.format(root=root))
+    return load(folder / "r.yaml")
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_a_recipe_pads_in_training_and_evaluation_alike(tmp_path, augmented):
+    image, target = build_data(padded_recipe(tmp_path), "train", augmented)[(0, 1)]
+    assert image.shape == (3, 96, 96)
+    assert image[:, :64].min() > 0  # 60 x 40 becomes 96 x 64
+    assert image[:, 64:].max() == 0
+    assert np.abs(target["boxes"].numpy() - white_box(image)).max() <= 2  # the border is blurred
+
+
+class WholePicture(torch.nn.Module):
+    """Finds one object, as big as what it is given."""
+
+    def forward(self, images):
+        boxes = [torch.tensor([[0.0, 0.0, image.shape[2], image.shape[1]]]) for image in images]
+        return [{"boxes": b, "scores": torch.ones(1), "labels": torch.zeros(1, dtype=torch.int64)} for b in boxes]
+
+
+def test_predicted_boxes_end_at_the_picture_not_at_the_padding(tmp_path, monkeypatch):
+    monkeypatch.setitem(plugins._registered["model"], "whole-picture", lambda classes: WholePicture())
+    recipe = padded_recipe(tmp_path)
+    (row,) = predict(recipe, None, [tmp_path / "coco" / "images" / "0.png"], tmp_path / "found")
+    assert row["bbox"] == pytest.approx([0, 0, 60, 40], abs=1e-4)
+    assert build_resize(recipe.data) == Resize((96, 96), keep_ratio=True, pad=True)
+
+
+def test_padding_a_stretched_picture_is_a_mistake(tmp_path):
+    padded_recipe(tmp_path)
+    with pytest.raises(RecipeError, match="pad: true needs keep_ratio: true"):
+        load(tmp_path / "r.yaml", ["data.keep_ratio=false"])
 
 
 def test_a_crop_cuts_boxes_and_drops_what_is_left_of_none():

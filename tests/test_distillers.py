@@ -221,11 +221,11 @@ def test_best_apart_leaves_out_what_takes_no_part() -> None:
 
 def test_general_instances_of_a_picture_do_not_depend_on_the_others() -> None:
     student, teacher, t = detections(0), detections(1), targets()
-    together = general_instances("gi", student, teacher, t)
+    together = general_instances(student, teacher, t)
     for i in range(4):
         alone = [_images(v, slice(i, i + 1)) for v in (student, teacher)]
-        assert torch.equal(general_instances("gi", *alone, targets(BOXES[i : i + 1]))[0], together[i])
-    mixed = general_instances("gi", student, teacher, t, across_pictures=True)
+        assert torch.equal(general_instances(*alone, targets(BOXES[i : i + 1]))[0], together[i])
+    mixed = general_instances(student, teacher, t, across_pictures=True)
     assert all(level.sum() <= 10 for level in mixed.split([80, 20, 6], 1))
     assert not torch.equal(mixed, together)
 
@@ -405,6 +405,23 @@ def test_the_projection_of_a_map_is_a_linear_layer_over_channels() -> None:
     as_map = imitation(Features((s,)), Features((t,)), None)
     as_tokens = imitation(Features((s.flatten(2).mT,)), Features((t.flatten(2).mT,)), None)
     torch.testing.assert_close(as_map, as_tokens)
+
+
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+def test_a_projection_is_computed_in_float32(own: torch.dtype) -> None:
+    """As under autocast, where maps are bfloat16, and in a model that is bfloat16 itself."""
+    imitation = FeatureImitation()
+    imitation.prepare([4], [6])
+    imitation.to(own)
+    s, t = (torch.randn(2, width, 3, 5).bfloat16() for width in (4, 6))
+    low = imitation(Features((s,)), Features((t,)), None)
+    exact = imitation.float()(Features((s.float(),)), Features((t.float(),)), None)
+    torch.testing.assert_close(low, exact)
+
+
+def test_a_projection_needs_as_many_maps_on_both_sides() -> None:
+    with pytest.raises(ValueError, match="2 feature maps of the student, 1 of the teacher"):
+        FeatureImitation().prepare([4, 4], [6])
 
 
 # ---- self-distillation

@@ -1,13 +1,17 @@
-"""Two gloo ranks give the losses and gradients of one process."""
+"""Two gloo ranks give the losses and gradients of one process; an image repeated in a batch gives those of one."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import distillkit
-from distillkit import FeatureImitation, LogitKD
+from distillkit import LD, FeatureImitation, LogitKD, Main, Teacher, Valuable
 from distillkit.core.wrap import DistilledModel
 from tests.ranks import RANKS, on_two_ranks
+from tests.test_adapters import detector, scene
 from tests.tiny import Net, batch
 
 IMAGES = 8
@@ -81,9 +85,82 @@ def check_same(ranks: list[dict], alone: dict) -> None:
             torch.testing.assert_close(r["grads"][name], grad, rtol=1e-5, atol=1e-5 * scale, msg=name)
 
 
-def test_ddp():
-    check_same(on_two_ranks(ddp), one_process())
+def on_a_rank(rank: int) -> dict:
+    """Everything that is asked of two ranks, as starting them is what takes the time."""
+    return {"ddp": ddp(rank), "fsdp": fsdp(rank), "detectors": detectors_ddp(rank), "unproven": unproven(rank)}
 
 
-def test_fsdp2():
-    check_same(on_two_ranks(fsdp), one_process())
+@pytest.fixture(scope="module")
+def ranks() -> list[dict]:
+    return on_two_ranks(on_a_rank)
+
+
+def test_ddp(ranks: list[dict]):
+    check_same([r["ddp"] for r in ranks], one_process())
+
+
+def test_fsdp2(ranks: list[dict]):
+    check_same([r["fsdp"] for r in ranks], one_process())
+
+
+# ---- a pair of detectors: task losses and distillers'
+
+DETECTION_LOSSES = ["loss_cls", "loss_bbox", "loss_dfl", "ld_main", "ld_valuable", "kd_main", "imitation"]
+
+
+def detectors() -> DistilledModel:
+    """In float64: a fresh student's class logits are so alike that float32 rounds off most of a divergence of them."""
+    teacher = Teacher(detector(channels=32, groups=8), dtype=torch.float64)
+    distillers = [LD(Main()), LD(Valuable()), LogitKD(Main()), FeatureImitation()]
+    return distillkit.wrap(detector(sure=False, freeze_bn=True), teacher, distillers).double()
+
+
+def scenes() -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+    """Two pictures with unequal numbers of objects."""
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    boxes = torch.tensor([[8.0, 8, 40, 50], [30, 20, 60, 60], [50, 5, 90, 30]], dtype=torch.float64)
+    return images, [
+        {"boxes": boxes, "labels": torch.tensor([0, 2, 1])},
+        {"boxes": boxes[:1] + 3, "labels": torch.tensor([1])},
+    ]
+
+
+@pytest.mark.parametrize("times", [2, 4, 8])
+def test_an_image_that_stands_in_the_batch_several_times_changes_no_loss(times: int):
+    (image, _), (target, _) = scenes()
+    once = detectors()(image[None], [target])
+    again = detectors()(image.expand(times, -1, -1, -1), [target] * times)
+    assert list(once) == [*DETECTION_LOSSES, "output"]
+    for name in DETECTION_LOSSES:
+        assert once[name] > 0
+        torch.testing.assert_close(again[name], once[name], rtol=1e-5, atol=0, msg=name)
+
+
+def detectors_ddp(rank: int) -> dict:
+    images, targets = scenes()
+    model = detectors()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    losses = parallel(images[[rank]], [targets[rank]])
+    losses.total.backward()
+    return results(model, losses)
+
+
+def test_detectors_on_two_ranks(ranks: list[dict]):
+    model = detectors()
+    losses = model(*scenes())
+    losses.total.backward()
+    check_same([r["detectors"] for r in ranks], results(model, losses))
+
+
+def unproven(rank: int) -> list[bool]:
+    """Student and teacher, after a step in which the student predicts nothing on one of the ranks."""
+    student = detector()
+    student.inference = replace(student.inference, score=2.0 if rank else 0.05)
+    model = distillkit.wrap(student, detector(), [LD(Main())])
+    model(*scene())
+    return [model._student_side.unproven, model._teacher_sides["teacher"].unproven]
+
+
+def test_ranks_agree_on_whether_a_model_is_to_predict_again(ranks: list[dict]):
+    """A sharded model waits for the other ranks when it runs, so all of them run it or none."""
+    assert [r["unproven"] for r in ranks] == [[True, False]] * RANKS

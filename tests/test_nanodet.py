@@ -9,7 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import distillkit
+from distillkit import recipe as recipes
+from distillkit.core.errors import AdapterError
 from distillkit.models.nanodet import HALF, VARIANTS, NanoDet, Variant, load_ncnn, nanodet
+from distillkit.training import build
+from distillkit.training.errors import RunError
+from distillkit.training.evaluate import evaluate
 
 SMALL = Variant((64, 64), False, (8, 16), 0.5)
 GRAPH = """7767517
@@ -97,6 +103,27 @@ def test_boxes_stand_where_their_points_do(model):
     assert {tuple(box) for box in found["boxes"].tolist()} <= expected
     assert len(found["boxes"]) > 2
     assert set(found["labels"].tolist()) == {7}
+
+
+@pytest.mark.parametrize(("convention", "stride"), [("default", 64), ("release", 48)])
+def test_the_release_takes_the_width_over_its_cells_for_a_stride(model, convention, stride):
+    """A picture 96 wide and 160 high: the level of stride 64 has 2 x 3 cells, and 96 / 2 = 48 on both axes."""
+    model.strides, model.convention = (8, 64), convention
+    classes = [torch.full((1, 80, 20, 12), -20.0), torch.full((1, 80, 3, 2), -20.0)]
+    classes[1][0, 4, 1, 0] = 5.0  # the cell of row 1, column 0
+    edges = [torch.full((1, 32, *level.shape[-2:]), -20.0) for level in classes]
+    edges[1][:, [1, 9, 17, 25]] = 20.0  # every edge at 1 stride
+    (found,) = model.predict(classes, edges, [(160, 96)])
+    x, y = 0.5 * stride, 1.5 * stride
+    expected = [0.0, y - stride, min(x + stride, 96.0), min(y + stride, 160.0)]
+    torch.testing.assert_close(found["boxes"], torch.tensor([expected]))
+    assert found["labels"].tolist() == [4]
+
+
+def test_the_release_cannot_be_trained_with(model):
+    model.convention = "release"
+    with pytest.raises(AdapterError, match="convention='release', which is for evaluation only"):
+        distillkit.wrap(model, None, [])
 
 
 def test_one_picture_repeated_gives_the_same_losses(model):
@@ -196,6 +223,8 @@ def test_damaged_weights_are_named(tmp_path):
 def test_unknown_variants_and_an_unset_folder_are_named(monkeypatch):
     with pytest.raises(ValueError, match="'nanodet-xl' is not one of nanodet-m, "):
         nanodet("nanodet-xl")
+    with pytest.raises(ValueError, match="'published' is neither 'default' nor 'release'"):
+        nanodet("nanodet-m", convention="published")
     monkeypatch.delenv("DISTILLKIT_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match="set DISTILLKIT_DATA"):
         nanodet("nanodet-m")
@@ -238,3 +267,64 @@ def test_published_models_answer_alike_twice_and_can_be_exported(published):
     for ours, theirs in zip(published.forward_raw(image[None]), exported):
         for a, b in zip(ours, theirs):
             torch.testing.assert_close(a, b)
+
+
+# ---- in a recipe
+
+
+def need_data() -> None:
+    if "DISTILLKIT_DATA" not in os.environ:
+        pytest.skip("set DISTILLKIT_DATA to the folder with weights_nanodet/ and coco_mini/")
+
+
+def built(classes: int = 80, **keys: str) -> NanoDet:
+    """A recipe's nanodet-m."""
+    folder = str(Path(os.environ["DISTILLKIT_DATA"]) / "weights_nanodet")
+    config = recipes.NanoDetModel(kind="nanodet", variant="nanodet-m", folder=folder, **keys)
+    return build.build_model(config, classes, recipes.Evaluate())
+
+
+def test_what_a_recipe_keeps_of_the_trained_weights():
+    need_data()
+    trained, head, none = (built(weights=w).state_dict() for w in ("trained", "new-head", "none"))
+    heads = {f"{path}.{part}" for path in built().head_paths for part in ("weight", "bias")}
+    assert {name for name in trained if not torch.equal(trained[name], head[name])} == heads
+    assert {name for name in trained if not torch.equal(trained[name], none[name])} == set(trained)
+
+
+def test_other_classes_need_a_new_head():
+    need_data()
+    with pytest.raises(RunError, match="trained for 80 classes, the data have 3: set weights: new-head"):
+        built(3)
+    assert built(3, weights="new-head").num_classes == built(3, weights="none").num_classes == 3
+
+
+@pytest.mark.parametrize("weights", ["new-head", "none"])
+def test_a_teacher_without_trained_weights_is_a_mistake(tmp_path, weights):
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        "data: {kind: scenes}\n"
+        f"teacher: {{kind: nanodet, variant: nanodet-m, folder: f, weights: {weights}}}\n"
+        "student: {kind: gfl}\n"
+    )
+    with pytest.raises(recipes.RecipeError, match=r"r\.yaml:2: teacher: has no trained weights"):
+        recipes.load(file)
+
+
+AS_TRAINED = ["data.size=320", "data.keep_ratio=true", "data.pad=true"]  # nanodet-m saw pictures padded to 320 x 320
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("model", "overrides", "split", "published"),
+    [
+        ("teacher", ["teacher.convention=release"], "val", 36.1),
+        ("teacher", ["teacher.convention=release"], "test", 38.0),
+        ("student", AS_TRAINED, "val", 24.2),
+        ("student", AS_TRAINED, "test", 29.9),
+    ],
+)
+def test_published_ap_on_coco_mini(model, overrides, split, published):
+    need_data()
+    recipe = recipes.load("ld_coco_mini", [*overrides, "data.workers=0"])
+    assert 100 * evaluate(recipe, model, split).numbers["AP"] == pytest.approx(published, abs=0.3)

@@ -13,9 +13,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 import distillkit
-from distillkit import Adapter, EMATeacher, LogitKD, Losses, Teacher, Weight
+from distillkit import Adapter, EMATeacher, FeatureImitation, LogitKD, Losses, Teacher, Weight
 from distillkit.core.errors import (
     NonFiniteLossError,
+    StudentModeError,
     TapError,
     TeacherModeError,
     UnreachedStudentError,
@@ -106,6 +107,26 @@ def test_pure_distillation_without_targets():
     assert list(model(batch()[0])) == ["kl", "output"]
 
 
+@pytest.mark.parametrize("name", ["loss_cls", "output"])
+def test_a_loss_is_never_overwritten_by_another_of_its_name(name):
+    model = wrapped([KL(name="loss_cls")], criterion=lambda output, y: {name: cross_entropy(output, y)})
+    with pytest.raises(WrapError, match=f"'{name}'"):
+        model(*batch())
+
+
+def test_a_student_in_eval_mode_is_not_trained():
+    model = wrapped(student=Net().eval())
+    with pytest.raises(StudentModeError, match=r"model\.train\(\)"):
+        model(*batch())
+    model.train()
+    assert "task" in model(*batch())
+    model.student.stem[1].eval()  # a frozen BatchNorm is not the student's mode
+    model(*batch())
+    model.student.eval()
+    with pytest.raises(StudentModeError):
+        model(*batch())
+
+
 def test_without_any_loss_total_says_so():
     model = distillkit.wrap(Net(), None, [])
     with pytest.raises(WrapError, match="criterion="):
@@ -153,9 +174,17 @@ def test_moves_of_dtype_stay_with_the_student():
 
 
 def test_moves_of_device_reach_the_teacher():
-    model = wrapped()
+    original = Net()
+    model = wrapped(teacher=Teacher(original, fold_bn=True))
     model.to("meta")
     assert model._frozen["teacher"].model.head.weight.device.type == "meta"
+    assert original.head.weight.device.type == "meta"  # the first step proves the folding on it
+
+
+def test_what_the_wrapper_adds_is_where_the_student_is():
+    student = Net(width=8).to("meta")
+    model = wrapped([FeatureImitation(student_at="blocks.1", teacher_at="blocks.1")], student=student, teacher=Net(12))
+    assert {t.device.type for t in model.state_dict().values()} == {"meta"}
 
 
 def test_several_teachers_by_name():
@@ -171,6 +200,35 @@ def test_several_teachers_by_name():
         distillkit.wrap(Net(), {"a": Net()}, [KL(teacher="c")])
     with pytest.raises(WrapError, match="no distiller uses the teacher 'b'"):
         distillkit.wrap(Net(), {"a": Net(), "b": Net()}, [KL(teacher="a")])
+
+
+class FromAverage(KL):
+    """Brings its own teacher."""
+
+    short_name = "average"
+
+    def own_teacher(self):
+        return EMATeacher(0.9)
+
+
+def test_a_distiller_that_brings_its_teacher_stands_beside_one_that_does_not():
+    given = Net()
+    model = wrapped([FromAverage(name="by.itself"), KL()], teacher=given)
+    assert model._uses == {"by.itself": "by.itself", "kl": "teacher"}
+    assert model._frozen["teacher"].model is given
+    assert list(model(*batch())) == ["task", "by.itself", "kl", "output"]
+    alone = distillkit.wrap(Net(), None, [FromAverage(), KL()])
+    assert alone._uses["kl"] == "average"  # there is no other
+    with pytest.raises(WrapError, match="which teacher"):
+        distillkit.wrap(Net(), {"a": Net(), "b": Net()}, [FromAverage(), KL()])
+    with pytest.raises(WrapError, match="two teachers would be called 'teacher'"):
+        wrapped([FromAverage(name="teacher")], teacher=given)
+
+
+def test_the_student_as_its_own_teacher():
+    student = Net()
+    with pytest.raises(WrapError, match="EMATeacher"):
+        wrapped(student=student, teacher=student)
 
 
 def test_a_teacher_in_bf16_leaves_the_original_and_stays_close():
@@ -245,6 +303,24 @@ def test_timm_models_say_what_they_expect():
         wrapped(teacher=Teacher(Net(), mean=(0, 0, 0), std=(1, 1, 1)))
 
 
+def test_a_teacher_takes_the_students_mean_only_where_it_has_none_of_its_own():
+    mine, theirs = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), ((0.1, 0.1, 0.1), (0.5, 0.5, 0.5))
+    student, teacher = (timm.create_model("test_resnet", num_classes=5) for _ in range(2))
+    teacher.pretrained_cfg = {**teacher.pretrained_cfg, "mean": theirs[0], "std": theirs[1]}
+    change = wrapped(student=student, teacher=teacher, adapter=Adapter(*mine))._renormalise["teacher"]
+    white = torch.ones(1, 3, 1, 1)
+    as_seen = [(white - torch.tensor(m).view(3, 1, 1)) / torch.tensor(s).view(3, 1, 1) for m, s in (mine, theirs)]
+    torch.testing.assert_close(change(as_seen[0]), as_seen[1])
+    assert not wrapped(adapter=Adapter(*mine))._renormalise
+
+
+def test_input_given_by_name_is_renormalised_too():
+    model = wrapped(teacher=Teacher(Net(), mean=(0.5,) * 3, std=(0.5,) * 3), adapter=Adapter((0,) * 3, (1,) * 3))
+    model.student.drop = nn.Identity()
+    x, y = batch()
+    torch.testing.assert_close(model(targets=y, x=x)["kl"], model(x, y)["kl"])
+
+
 def test_the_teacher_runs_no_further_than_its_last_tap():
     teacher = Net()
     ran = []
@@ -315,9 +391,16 @@ def test_a_path_that_does_not_exist_lists_the_nearest():
 
 
 def test_a_failed_wrap_leaves_no_hook():
+    class Unprepared(MSE):
+        def prepare(self, student_widths, teacher_widths):
+            raise ValueError("no widths")
+
     student, teacher = Net(), Net()
     with pytest.raises(TapError):
         wrapped([MSE("stem"), MSE("stem", "nowhere", name="second")], student=student, teacher=teacher)
+    assert hooks_of(student) == hooks_of(teacher) == 0
+    with pytest.raises(ViewError, match="distiller 'mse': no widths"):
+        wrapped([Unprepared("stem")], student=student, teacher=teacher)
     assert hooks_of(student) == hooks_of(teacher) == 0
     wrapped([MSE("stem")], student=student)
 
@@ -398,6 +481,14 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step():
     model.check_finite()
 
 
+def test_a_loss_that_comes_and_goes_hides_no_other():
+    turns = iter([{}, {"extra": torch.zeros(())}])
+    model = wrapped(criterion=lambda output, y: {"nan": output.sum() * float("nan"), **next(turns)})
+    model(*batch())
+    with pytest.raises(NonFiniteLossError, match="'nan' since step 0"):
+        model(*batch())
+
+
 @pytest.mark.parametrize("how", ["detached", "frozen", "constant"])
 def test_a_distiller_that_reaches_no_student_parameter(how):
     class Cut(MSE):
@@ -427,8 +518,19 @@ def test_a_distillers_own_parameters_do_not_count_as_the_student():
 
 
 def test_different_numbers_of_classes():
-    with pytest.raises((ViewError, ValueError), match=r"7.*5|5.*7"):
+    with pytest.raises(ViewError, match=r"7.*5|5.*7"):
         wrapped(student=Net(classes=7))(*batch())
+
+
+def test_what_a_distiller_refuses_is_an_error_with_its_name():
+    class Refuses(KL):
+        def forward(self, student, teacher, targets):
+            raise ValueError("not these logits")
+
+    with pytest.raises(ViewError) as error:
+        wrapped([Refuses()])(*batch())
+    assert str(error.value) == "distiller 'kl': not these logits"
+    assert isinstance(error.value, ValueError)
 
 
 def test_a_compiled_student_is_refused():
@@ -446,13 +548,14 @@ def test_a_second_wrapper_is_refused():
         wrapped(student=model.student)
 
 
-def test_two_losses_of_one_name():
-    with pytest.raises(WrapError, match="'kl'"):
-        wrapped([KL(), KL()])
+@pytest.mark.parametrize("names", [("kl", "kl"), ("a.b", "a_b"), ("a", "output")])
+def test_two_losses_of_one_name(names):
+    with pytest.raises(WrapError, match=f"'{names[1]}'"):
+        wrapped([KL(name=name) for name in names])
 
 
 def test_something_else_than_a_teacher_or_distiller():
-    with pytest.raises(WrapError, match="expected a torch.nn.Module or a Teacher, got str"):
+    with pytest.raises(WrapError, match=r"expected a torch\.nn\.Module or a Teacher, got str"):
         wrapped(teacher="resnet50")
     with pytest.raises(WrapError, match="expected Distiller objects"):
         wrapped([nn.MSELoss()])
@@ -508,7 +611,7 @@ def test_copies_and_pickles_of_a_wrapped_student_carry_no_tap():
         assert not any(model._student_side.taps.stop().values())
         wrapped([MSE("stem")], student=twin)
     for how in (copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="model.student"):
+        with pytest.raises(TypeError, match=r"model\.student"):
             how(model)
     seen.clear()
     handle.remove()  # a hook from before the wrap is still the user's to remove
@@ -533,7 +636,7 @@ class Recorder:
 def test_an_exception_in_the_students_forward_leaves_nothing_behind():
     class Fails(Net):
         def forward(self, x):
-            out = super().forward(x)
+            super().forward(x)
             Fails.tensor = weakref.ref(self.last)
             raise RuntimeError("broken")
 
@@ -593,6 +696,17 @@ def test_compiles_without_a_graph_break_and_gives_the_same():
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
     model.check_finite()
+
+
+def test_a_compiled_first_step_leaves_the_checks_to_the_first_eager_one():
+    class Cut(MSE):
+        def forward(self, student, teacher, targets):
+            return super().forward(student, teacher, targets).detach()
+
+    model = wrapped([Cut("stem")])
+    torch.compile(model, backend="eager", fullgraph=True)(*batch())
+    with pytest.raises(UnreachedStudentError):
+        model(*batch())
 
 
 def test_amp_through_accelerate():

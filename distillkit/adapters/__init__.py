@@ -8,7 +8,7 @@ from distillkit.core.adapter import Adapter
 
 
 def adapter_for(model: nn.Module, fallback: Adapter | None = None) -> Adapter:
-    """The adapter of a model: that of its family where distillkit knows it, else ``fallback``, else the one for plain models."""
+    """A model's adapter: its family's where distillkit knows it, else ``fallback``, else the one for plain models."""
     from distillkit.models.gfl import GFL
     from distillkit.models.nanodet import NanoDet
 

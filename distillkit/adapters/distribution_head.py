@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distillkit.boxes.anchors import grid_points, grid_strides
 from distillkit.boxes.distribution import decode, integral
 from distillkit.boxes.maps import Maps
-from distillkit.core.adapter import Adapter
+from distillkit.core.adapter import Adapter, input_name
 from distillkit.core.errors import AdapterError, ViewError
 from distillkit.core.taps import Place
 from distillkit.core.views import BoxTargets, DenseDetections, Features, View
@@ -26,9 +26,10 @@ class DistributionHead(Adapter):
 
     ``DistributionHead(classes="head.gfl_cls", edges="head.scales.*", strides=(8, 16, 32, 64, 128), bins=17)``
 
-    The detector is called as torchvision's are: ``model(images, targets)`` gives losses in train mode, ``model(images)`` gives
-    ``[{"boxes", "scores", "labels"}]`` in eval mode. At the first step the boxes it predicts are compared with those decoded
-    from what is tapped; where they differ (a wrong path, offset or number of bins) it is an AdapterError.
+    The detector is called as torchvision's are: ``model(images, targets)`` gives losses in train mode,
+    ``model(images)`` gives ``[{"boxes", "scores", "labels"}]`` in eval mode. At the first step the boxes it predicts
+    are compared with those decoded from what is tapped; where they differ (a wrong path, offset or number of bins) it
+    is an AdapterError.
 
     Args:
         classes: path of the class logits, one shared by all levels or one a level, e.g. ``["conv_77[:80]", ...]``.
@@ -72,14 +73,15 @@ class DistributionHead(Adapter):
         levels = len(self.strides)
         if len(tensors) != 2 * levels:
             raise ViewError(
-                f"{self.classes.paths} and {self.edges.paths} gave {len(tensors)} maps, expected one of each for the {levels} "
-                f"strides {self.strides}"
+                f"{self.classes.paths} and {self.edges.paths} gave {len(tensors)} maps, expected one of each for the "
+                f"{levels} strides {self.strides}"
             )
         classes, edges = tensors[:levels], tensors[levels:]
         channels = edges[0].shape[1]
         if channels % (4 * self.bins):
             raise ViewError(
-                f"{self.edges.paths[0]!r} has {channels} channels, which is not a multiple of 4 edges x {self.bins} bins; "
+                f"{self.edges.paths[0]!r} has {channels} channels, "
+                f"which is not a multiple of 4 edges x {self.bins} bins; "
                 "bins= is the number of bins (reg_max + 1), or the path needs a channel range, as in 'conv[80:]'"
             )
         anchors = channels // (4 * self.bins)
@@ -112,7 +114,8 @@ class DistributionHead(Adapter):
         return kind is DenseDetections
 
     def proof(self, view: View, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        assert isinstance(view, DenseDetections) and view.edges is not None
+        assert isinstance(view, DenseDetections)
+        assert view.edges is not None
         predictions = _predictions(output)
         sizes = _sizes(_pictures(args, kwargs))
         low = view.edges.levels[0].dtype in (torch.float16, torch.bfloat16)
@@ -136,9 +139,10 @@ class DistributionHead(Adapter):
         with_other = _furthest_unexplained(predicted, _decoded(view, other)[image], size)
         hint = f" With centre={other} it would fit." if with_other < TOLERANCE else ""
         return (
-            f"the tapped distributions do not explain the detector's own boxes: one of picture {image} is {error:.2f} pixels from "
-            f"every box decoded from {', '.join(self.edges.paths)} (strides {self.strides}, {self.bins} bins, centre {self.centre}).{hint} "
-            "Look for a scale between the tapped layer and the softmax (tap its output), the order of levels, and the picture's size"
+            f"the tapped distributions do not explain the detector's own boxes: one of picture {image} is "
+            f"{error:.2f} pixels from every box decoded from {', '.join(self.edges.paths)} "
+            f"(strides {self.strides}, {self.bins} bins, centre {self.centre}).{hint} Look for a scale between the "
+            "tapped layer and the softmax (tap its output), the order of levels, and the picture's size"
         )
 
 
@@ -154,7 +158,7 @@ def _place(paths: str | Sequence[str], levels: int, what: str) -> Place:
 
 
 def _pictures(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
+    return args[0] if args else kwargs[input_name(kwargs)]
 
 
 def _sizes(pictures: Any) -> list[tuple[int, int]]:
@@ -166,8 +170,8 @@ def _predictions(output: Any) -> list[Tensor]:
     """The predicted boxes of each picture, best first."""
     if not isinstance(output, Sequence) or not all(isinstance(row, Mapping) and "boxes" in row for row in output):
         raise AdapterError(
-            f"in eval mode the detector returns {type(output).__name__}; to prove the taps, expected [dict(boxes, scores, labels)], "
-            "one a picture, in pixels of the picture it was given"
+            f"in eval mode the detector returns {type(output).__name__}; "
+            "to prove the taps, expected [dict(boxes, scores, labels)], one a picture, in pixels of the picture given"
         )
     return [row["boxes"] for row in output]
 
@@ -184,7 +188,7 @@ def _decoded(view: DenseDetections, centre: float) -> Tensor:
 
 
 def _furthest_unexplained(predicted: Tensor, boxes: Tensor, size: tuple[int, int]) -> float:
-    """Of the predicted boxes (P, 4), the largest distance (largest of the four edges' differences) to the nearest decoded box."""
+    """Of the predicted boxes (P, 4), the largest distance to the nearest decoded box: of four edges the largest."""
     height, width = size
     limit = boxes.new_tensor([width, height, width, height])
     clipped = torch.minimum(boxes.clamp(min=0), limit)

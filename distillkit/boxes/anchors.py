@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 Sizes = Sequence[tuple[int, int]]
-Strides = Sequence[int]
+Strides = Sequence[float]
 
 
 def grid_points(sizes: Sizes, strides: Strides, centre: float, device: torch.device | str) -> Tensor:

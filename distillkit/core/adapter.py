@@ -12,6 +12,7 @@ from distillkit.core.taps import Place, module_name
 from distillkit.core.views import ClassLogits, Features, View
 
 Norm = tuple[tuple[float, ...], tuple[float, ...]]
+TARGETS = ("targets", "labels")  # what targets are called where they are given by name
 
 
 class Adapter:
@@ -26,10 +27,7 @@ class Adapter:
 
     def normalisation(self, model: nn.Module) -> Norm | None:
         """(mean, std) that the model's input is expected to be normalised with; None: unknown, or done inside."""
-        if self.norm:
-            return self.norm
-        cfg = getattr(model, "pretrained_cfg", None)
-        return (tuple(cfg["mean"]), tuple(cfg["std"])) if isinstance(cfg, Mapping) and "mean" in cfg else None
+        return self.norm or said_by(model)
 
     def places(self, model: nn.Module, kind: type[View], at: tuple[str, ...] | None) -> tuple[Place, ...]:
         """Where a view is tapped; (): it is read from what the model returns.
@@ -77,7 +75,7 @@ class Adapter:
 
     def without_targets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The student's arguments as a teacher in eval mode takes them."""
-        return args[:1], {k: v for k, v in kwargs.items() if k not in ("targets", "labels")}
+        return args[:1], {k: v for k, v in kwargs.items() if k not in TARGETS}
 
     def widths(self, model: nn.Module, kind: type[View], at: tuple[str, ...] | None) -> list[int] | None:
         """Channels of each map of a Features view, where they can be told without running the model."""
@@ -89,14 +87,25 @@ class Adapter:
         return known if len(known) == len(at) else None
 
     def proof(self, view: View, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Check that ``view`` explains the model's own prediction ``output`` for the same call; False: nothing was predicted.
+        """Check that ``view`` explains the model's own prediction ``output`` for the same call.
 
-        Raises AdapterError where the two disagree. A plain model has nothing to prove.
+        False: nothing was predicted. Raises AdapterError where the two disagree. A plain model has nothing to prove.
         """
         return True
 
     def needs_proof(self, kind: type[View]) -> bool:
         return False
+
+
+def said_by(model: nn.Module) -> Norm | None:
+    """(mean, std) of its input, where a model says so itself, as timm's do."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    return (tuple(cfg["mean"]), tuple(cfg["std"])) if isinstance(cfg, Mapping) and "mean" in cfg else None
+
+
+def input_name(kwargs: Mapping[str, Any]) -> str:
+    """Which argument is the input of a call that gives all of them by name: the first that is no target."""
+    return next(name for name in kwargs if name not in TARGETS)
 
 
 def _logits(output: Any, model: str) -> Tensor:

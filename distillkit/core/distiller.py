@@ -15,11 +15,12 @@ class Distiller(nn.Module):
 
     Args:
         weight: a number, or a schedule of the step (``core.schedule``): what the loss is multiplied by.
-        teacher: which teacher, where there are several; None: the only one.
+        teacher: which teacher, where there are several; None: the only one that ``wrap`` is given.
         name: the key of its loss in the result; the class's ``short_name`` unless given.
 
     A subclass sets ``reads`` and writes ``forward(student, teacher, targets) -> scalar Tensor``, unweighted. It never
     sees a model. A loss that has nothing to act on returns ``0 * something`` of the student's, never a plain number.
+    What it raises as ValueError the user gets as ``ViewError``, with the distiller's name before it.
     """
 
     #: the kind of view it reads of student and teacher; a tuple: it gets a tuple of views of either, in that order
@@ -36,7 +37,7 @@ class Distiller(nn.Module):
         self.name = name or self.short_name
 
     def own_teacher(self) -> Any:
-        """The teacher that this distiller brings along: a ``Teacher`` or an ``EMATeacher`` (self-distillation), or None."""
+        """The teacher that it brings along (self-distillation): a ``Teacher``, an ``EMATeacher`` or None."""
         return None
 
     def prepare(self, student_widths: list[int] | None, teacher_widths: list[int] | None) -> None:

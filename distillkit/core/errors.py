@@ -17,6 +17,10 @@ class TeacherModeError(DistillError):
     """A frozen teacher was found in train mode."""
 
 
+class StudentModeError(DistillError):
+    """The wrapper is in train mode and its student is not."""
+
+
 class UnreachedStudentError(DistillError):
     """A distiller's loss cannot change any parameter of the student."""
 
@@ -29,5 +33,5 @@ class AdapterError(DistillError):
     """The tapped outputs do not explain the model's own predictions."""
 
 
-class ViewError(DistillError):
-    """A view cannot be made, or teacher and student views cannot be compared."""
+class ViewError(DistillError, ValueError):
+    """A view cannot be made, or a distiller cannot compare those of teacher and student."""

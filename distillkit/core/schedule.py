@@ -20,7 +20,8 @@ class Weight:
     Args:
         value: the weight at full strength.
         kind: ``constant``; ``warmup``: from 0 to ``value`` over ``steps``, then constant; ``linear``: from ``value`` to
-            ``end`` over ``steps``; ``cosine``: the same along half a cosine; ``until``: ``value`` before step ``steps``, then 0.
+            ``end`` over ``steps``; ``cosine``: the same along half a cosine; ``until``: ``value`` before step
+            ``steps``, then 0.
         steps: length in training steps; unused by ``constant``.
         end: the last value of ``linear`` and ``cosine``.
     """

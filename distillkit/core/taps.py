@@ -83,8 +83,8 @@ class Taps:
         role: "student" or the teacher's name, for messages.
 
     Raises:
-        TapError: a path that names no module (the nearest existing names are listed), or two places that expect the same
-            module to run a different number of times.
+        TapError: a path that names no module (the nearest existing names are listed), or two places that expect the
+            same module to run a different number of times.
     """
 
     def __init__(self, model: nn.Module, places: Iterable[Place], role: str):
@@ -101,7 +101,8 @@ class Taps:
                 for name in _resolve(path, names, role):
                     if self.expected.setdefault(name, place.fires) != place.fires:
                         raise TapError(
-                            f"{role}: two views expect {name!r} to run {self.expected[name]} and {place.fires} times in one forward"
+                            f"{role}: two views expect {name!r} to run {self.expected[name]} and {place.fires} times "
+                            "in one forward"
                         )
                     self._modules[name] = names[name]
         self.total = sum(self.expected.values())
@@ -112,7 +113,7 @@ class Taps:
             hooks[id(self)] = _Hook(self, name)
 
     def start(self, exit_early: bool = False) -> None:
-        """Record from now on; with ``exit_early`` raise ``AllTapsFired`` once every tap has fired as often as declared."""
+        """Record from now on; with ``exit_early`` raise ``AllTapsFired`` once all have fired as often as declared."""
         self.caught = {name: [] for name in self.expected}
         self.left, self.exit_early, self.recording = self.total, exit_early, True
 
@@ -210,7 +211,8 @@ def _picker(path: str, role: str) -> Callable[[Any, str], Tensor]:
                 output = output[int(step)]
         if not isinstance(output, Tensor):
             raise TapError(
-                f"{role}: {name!r} returns a {type(output).__name__}, not a tensor; say which part is meant, as in {path}[0]"
+                f"{role}: {name!r} returns a {type(output).__name__}, not a tensor; "
+                f"say which part is meant, as in {path}[0]"
             )
         return output
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,10 +23,12 @@ class Teacher:
         model: the trained model. It is put in eval; with ``dtype`` or ``fold_bn`` a changed copy is used instead.
         adapter: how it is run and where its views are; found from the model's class unless given.
         dtype: its own precision, e.g. ``torch.bfloat16``; None: its weights as they are, under the loop's autocast.
-        fold_bn: fold every BatchNorm into the convolution before it (that the two do run one after the other is checked at the first step).
-        mean, std: what its input is normalised with, where it is not known from the model (timm models know theirs). If the
-            student's differ, the batch is re-normalised for the teacher.
-        feed: what it is fed, a function of the student's call ``(args, kwargs) -> (args, kwargs)``; the same batch unless given.
+        fold_bn: fold every BatchNorm into the convolution before it (that the two do run one after the other is
+            checked at the first step).
+        mean, std: what its input is normalised with, where it is not known from the model (timm models know theirs).
+            If the student's differ, the batch is re-normalised for the teacher.
+        feed: what it is fed, a function of the student's call ``(args, kwargs) -> (args, kwargs)``; the same batch
+            unless given.
     """
 
     def __init__(
@@ -56,9 +59,15 @@ class Teacher:
         for module in self._modules:
             if module.training:
                 raise TeacherModeError(
-                    f"a frozen teacher is in train mode ({type(module).__name__}): its BatchNorm would drift and its dropout "
-                    "would add noise. Do not call .train() on the teacher; wrap() has put it in eval"
+                    f"a frozen teacher is in train mode ({type(module).__name__}): its BatchNorm would drift and its "
+                    "dropout would add noise. Do not call .train() on the teacher; wrap() has put it in eval"
                 )
+
+    def to(self, device: torch.device) -> None:
+        """Move it; with ``fold_bn`` also the model that the folding is still to be proven on."""
+        for model in (self.model, self.original):
+            if model is not None:
+                model.to(device)
 
     @torch.no_grad()
     def prove_folding(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -108,7 +117,7 @@ class Teacher:
 
 
 class EMATeacher:
-    """A teacher that is a running average of the student: ``average = decay * average + (1 - decay) * student``, every step.
+    """A running average of the student as teacher: ``average = decay * average + (1 - decay) * student``, every step.
 
     It is saved in the training checkpoint and never in the student's. BatchNorm statistics are taken over as they are.
     """
@@ -130,10 +139,10 @@ def update_average(average: nn.Module, student: nn.Module, decay: float) -> None
 
 @torch.no_grad()
 def fold_batchnorm(model: nn.Module) -> list[tuple[str, str]]:
-    """Fold each BatchNorm2d into the Conv2d registered just before it in the same module (or at the end of a Sequential there), in place.
+    """Fold, in place, each BatchNorm2d into the Conv2d registered just before it in the same module.
 
-    The convolution's weight becomes ``w * g / sqrt(var + eps)``, its bias ``b' + (b - mean) * g / sqrt(var + eps)``; of timm's
-    BatchNorm with activation the activation stays.
+    That convolution may also be the last layer of a Sequential there. Its weight becomes ``w * g / sqrt(var + eps)``,
+    its bias ``b' + (b - mean) * g / sqrt(var + eps)``; of timm's BatchNorm with activation the activation stays.
 
     Returns:
         The names of each pair.
@@ -145,7 +154,7 @@ def fold_batchnorm(model: nn.Module) -> list[tuple[str, str]]:
     for path, parent in list(model.named_modules()):
         prefix = f"{path}." if path else ""
         children = list(parent.named_children())
-        for (before, conv), (name, norm) in zip(children, children[1:], strict=False):
+        for (before, conv), (name, norm) in pairwise(children):
             while isinstance(conv, nn.Sequential) and len(conv):  # a deep stem: its last convolution
                 before, conv = f"{before}.{len(conv) - 1}", conv[-1]
             if not (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)):
@@ -168,7 +177,10 @@ def fold_batchnorm(model: nn.Module) -> list[tuple[str, str]]:
 
 
 class Renormalise:
-    """Pictures normalised with ``given`` (mean, std), as they would be with ``wanted``: tensor (B, C, H, W) or list of (C, H, W)."""
+    """Pictures normalised with ``given`` (mean, std), as they would be with ``wanted``.
+
+    Called with a tensor (B, C, H, W) or a list of (C, H, W).
+    """
 
     def __init__(self, given: Norm, wanted: Norm):
         (m0, s0), (m1, s1) = given, wanted

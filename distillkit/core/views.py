@@ -51,7 +51,7 @@ class ClassLogits(View):
 
 @dataclass(frozen=True)
 class Features(View):
-    """maps: one or several feature maps (B, C, H, W), or token sequences (B, N, C). strides: of each map, where known."""
+    """maps: feature maps (B, C, H, W), or token sequences (B, N, C). strides: of each map, where known."""
 
     maps: tuple[Tensor, ...]
     strides: tuple[float, ...] | None = None
@@ -59,7 +59,8 @@ class Features(View):
     def match(self, student: Features) -> Features:
         if len(self.maps) != len(student.maps):
             raise ValueError(
-                f"teacher gives {len(self.maps)} feature maps, student {len(student.maps)}; name the same number of paths on both sides"
+                f"teacher gives {len(self.maps)} feature maps, student {len(student.maps)}; "
+                "name the same number of paths on both sides"
             )
         return self
 
@@ -73,15 +74,14 @@ class DenseDetections(View):
 
     Args:
         classes: logits, ``shape == (C,)``.
-        edges: logits of the E edges' distributions of K bins, ``shape == (E, K)``; None for heads without distributions.
+        edges: logits of the E edges' distributions of K bins, ``shape == (E, K)``; None for heads without them.
         strides: pixels per cell of each level.
-        centre: where in its cell an anchor's point stands, in cells: 0 = the corner (GFL), 0.5 = the middle (FCOS, YOLO).
+        centre: where in its cell an anchor's point stands: 0 = the corner (GFL), 0.5 = the middle (FCOS, YOLO).
         support: (K,) the value of each bin in strides; 0..K-1 unless given.
         octave: side of the square anchor box in strides (8 in GFL and ATSS); used by assigners and regions.
-        anchors: (N, 4) x1, y1, x2, y2 pixels of one picture's anchors, in the order level, y, x, anchor, for heads whose
-            anchors are not one square a cell (RetinaNet); None: squares of side ``octave`` around the points.
+        anchors: (N, 4) x1, y1, x2, y2 pixels of one picture's anchors, in the order level, y, x, anchor, for heads
+            whose anchors are not one square a cell (RetinaNet); None: squares of side ``octave`` around the points.
         scores: class probabilities, same layout as ``classes``, where they are not ``sigmoid(classes)`` (GFLv2).
-        names: level names for messages.
     """
 
     classes: Maps
@@ -111,22 +111,23 @@ class DenseDetections(View):
         notes = [f"level of stride {stride} is left out: the student has none" for stride in left]
         if self.centre != student.centre and self.edges:
             notes.append(
-                f"points stand at {self.centre} of a cell, the student's at {student.centre}: its distributions are moved by "
-                f"{abs(self.centre - student.centre):g} strides"
+                f"points stand at {self.centre} of a cell, the student's at {student.centre}: its distributions are "
+                f"moved by {abs(self.centre - student.centre):g} strides"
             )
         return notes
 
     def match(self, student: DenseDetections) -> DenseDetections:
         """The teacher's levels that the student has, its distributions seen from the student's points.
 
-        Where the points of the two stand at different places of a cell, left and top distances grow by the difference and
-        right and bottom ones shrink; each distribution is resampled by that part of a bin when it is gathered.
+        Where the points of the two stand at different places of a cell, left and top distances grow by the difference
+        and right and bottom ones shrink; each distribution is resampled by that part of a bin when it is gathered.
         """
         keep = []
         for stride in student.strides:
             if stride not in self.strides:
                 raise ValueError(
-                    f"the student's level of stride {stride} has no partner among the teacher's strides {self.strides}; "
+                    f"the student's level of stride {stride} "
+                    f"has no partner among the teacher's strides {self.strides}; "
                     "leave the level out of the student's adapter (strides=, classes=, edges=)"
                 )
             keep.append(self.strides.index(stride))
@@ -140,7 +141,8 @@ class DenseDetections(View):
         if offset and edges:
             if edges.shape[0] != 4:
                 raise ValueError(
-                    f"points stand at {self.centre} and {student.centre} of a cell, and only 4 edges can be moved, not {edges.shape[0]}"
+                    f"points stand at {self.centre} and {student.centre} of a cell, "
+                    f"and only 4 edges can be moved, not {edges.shape[0]}"
                 )
             edges = ShiftedEdges(edges.levels, edges.shape, edges.anchors, support=self.support, offset=offset)
         return replace(

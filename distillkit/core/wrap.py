@@ -1,7 +1,8 @@
 """The wrapper: a student and its teachers, called exactly as the student is called.
 
-One training step: the student runs, taps read; every teacher that is read runs (eval, no gradient, no further than its last
-tap); the views go to the distillers; the result holds one weighted loss per name. In eval mode the call is the student's.
+One training step: the student runs, taps read; every teacher that is read runs (eval, no gradient, no further than its
+last tap); the views go to the distillers; the result holds one weighted loss per name. In eval mode the call is the
+student's.
 """
 
 from __future__ import annotations
@@ -9,21 +10,29 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from distillkit.core.adapter import Adapter
+from distillkit.core.adapter import Adapter, input_name, said_by
 from distillkit.core.distiller import Distiller
-from distillkit.core.errors import AdapterError, NonFiniteLossError, UnreachedStudentError, ViewError, WrapError
+from distillkit.core.errors import (
+    AdapterError,
+    NonFiniteLossError,
+    StudentModeError,
+    UnreachedStudentError,
+    ViewError,
+    WrapError,
+)
 from distillkit.core.result import OUTPUT, Losses
 from distillkit.core.taps import AllTapsFired, Place, Taps
 from distillkit.core.teacher import EMATeacher, Renormalise, Teacher, update_average
 from distillkit.core.views import View
+from distillkit.losses.reduce import mean_over_ranks
 
 log = logging.getLogger("distillkit")
 
@@ -74,21 +83,26 @@ class Side:
         return views
 
     @torch.no_grad()
-    def prove(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Let the adapter compare what is tapped with what the model itself predicts; modes are left as found."""
+    def prove(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Let the adapter compare what is tapped with what the model itself predicts; modes are left as found.
+
+        False: it predicted nothing to compare with. Raises AdapterError, naming the model, where the two disagree.
+        """
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             output, views = self.run(*self.adapter.without_targets(args, kwargs), exit_early=False)
+            proven = [
+                self.adapter.proof(view, output, args, kwargs)
+                for reading, view in views.items()
+                if self.adapter.needs_proof(reading.kind)
+            ]
+        except AdapterError as error:
+            raise AdapterError(f"{self.role}: {error}") from None
         finally:
             for module, mode in modes:
                 module.training = mode
-        proven = [
-            self.adapter.proof(view, output, args, kwargs)
-            for reading, view in views.items()
-            if self.adapter.needs_proof(reading.kind)
-        ]
-        self.unproven = not all(proven)
+        return all(proven)
 
 
 class DistilledModel(nn.Module):
@@ -106,22 +120,14 @@ class DistilledModel(nn.Module):
         distillers: Sequence[Distiller],
         criterion: Callable[[Any, Any], Any] | None,
         adapter: Adapter,
+        default_teacher: str | None,
     ):
         super().__init__()
-        _refuse(student)
-        named = _by_name(distillers)
-        _check_teachers(named, teachers)
-        averages = {
-            name: copy.deepcopy(student).requires_grad_(False).eval()
-            for name, t in teachers.items()
-            if isinstance(t, EMATeacher)
-        }
-        self.student = student
-        self.distillers = nn.ModuleDict({name.replace(".", "_"): d for name, d in named.items()})
-        self.criterion = criterion
-        self.averages = nn.ModuleDict(averages)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self._named = list(named.items())
+        _refuse(student, teachers)
+        _check_distinct("losses", [OUTPUT, *(d.name for d in distillers)])
+        _check_distinct("teachers", teachers)
+        self._named = [(d.name, d) for d in distillers]
+        self._uses = _teachers_by_distiller(distillers, teachers, default_teacher)
         self._adapter = adapter
         self._decays = {name: t.decay for name, t in teachers.items() if isinstance(t, EMATeacher)}
         # frozen teachers stand outside the module tree: parameters, state_dict, DDP and checkpoints never see them
@@ -131,18 +137,16 @@ class DistilledModel(nn.Module):
             for name, t in self._frozen.items()
             if (change := _renormalisation(adapter, student, name, t)) is not None
         }
-        only = next(iter(teachers), "")
-        self._uses: dict[str, str] = {name: d.teacher or only for name, d in self._named}
-        self._student_side = Side(
-            "student", student, adapter, [r for _, d in self._named for r in _readings(d, "student")]
+        device = next((p.device for p in student.parameters()), torch.device("cpu"))
+        self.student = student
+        self.distillers = nn.ModuleDict({_key(name): d for name, d in self._named})
+        self.criterion = criterion
+        self.averages = nn.ModuleDict(
+            {_key(name): copy.deepcopy(student).requires_grad_(False).eval() for name in self._decays}
         )
-        try:
-            self._teacher_sides = self._make_teacher_sides(adapter)
-        except BaseException:
-            self._student_side.taps.remove()
-            raise
-        for name, distiller in self._named:
-            _prepare(distiller, self._student_side, self._teacher_sides[self._uses[name]])
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
+        self._tap()
+        self.distillers.to(device)  # their projections exist from here on
         self._calls = 0
         self._checked = False
         self._unwrapped = False
@@ -150,27 +154,24 @@ class DistilledModel(nn.Module):
         self._first_bad: list[Tensor] = []  # one tensor, in a list to stand outside the module tree
         _wrapped.add(student)
 
-    def _make_teacher_sides(self, adapter: Adapter) -> dict[str, Side]:
-        sides: dict[str, Side] = {}
-        try:
-            for teacher, model, its_adapter in self._teacher_models(adapter):
-                readings = [
-                    r for name, d in self._named if self._uses[name] == teacher for r in _readings(d, "teacher")
-                ]
-                if not readings:
-                    raise WrapError(
-                        f"no distiller uses the teacher {teacher!r}: name it, as in LD(teacher={teacher!r}), or leave it out"
-                    )
-                sides[teacher] = Side(teacher, model, its_adapter, readings)
-        except BaseException:
-            for side in sides.values():
-                side.taps.remove()
-            raise
-        return sides
+    def _tap(self) -> None:
+        """Put the taps on all models and let the distillers prepare for what they read; a failure leaves no tap."""
+        with ExitStack() as undo:
+            readings = [r for _, d in self._named for r in _readings(d, "student")]
+            self._student_side = Side("student", self.student, self._adapter, readings)
+            undo.callback(self._student_side.taps.remove)
+            self._teacher_sides: dict[str, Side] = {}
+            for name, model, its_adapter in self._teacher_models():
+                readings = [r for n, d in self._named if self._uses[n] == name for r in _readings(d, "teacher")]
+                self._teacher_sides[name] = side = Side(name, model, its_adapter, readings)
+                undo.callback(side.taps.remove)
+            for name, distiller in self._named:
+                _prepare(distiller, self._student_side, self._teacher_sides[self._uses[name]])
+            undo.pop_all()
 
-    def _teacher_models(self, adapter: Adapter) -> list[tuple[str, nn.Module, Adapter]]:
-        frozen = [(name, t.model, t.adapter or adapter) for name, t in self._frozen.items()]
-        return frozen + [(name, model, adapter) for name, model in self.averages.items()]
+    def _teacher_models(self) -> list[tuple[str, nn.Module, Adapter]]:
+        frozen = [(name, t.model, t.adapter or self._adapter) for name, t in self._frozen.items()]
+        return frozen + [(name, self.averages[_key(name)], self._adapter) for name in self._decays]
 
     # ---- the call
 
@@ -181,8 +182,7 @@ class DistilledModel(nn.Module):
         if self._unwrapped:
             raise WrapError("this wrapper was unwrapped: wrap the student again to distil further")
         eager = not torch.compiler.is_compiling()
-        for teacher in self._frozen.values():
-            teacher.check_mode()
+        self._check_modes()
         self._update_averages()
         args, kwargs, targets = self._split_targets(args, kwargs)
         if eager:
@@ -191,15 +191,16 @@ class DistilledModel(nn.Module):
         losses = self._task_losses(output, targets)
         targets = self._adapter.targets(args, kwargs, targets)
         taught = {name: self._run_teacher(name, side, args, kwargs) for name, side in self._teacher_sides.items()}
-        losses.update(self._distill(views, taught, targets, _device_of(views)))
+        losses.update(self._distill(views, taught, targets, check=eager and not self._checked))
         if not losses:
             raise WrapError(
                 "there is no loss: the student computes none by itself; pass criterion= or distillers= to wrap()"
             )
         self._flag(losses)
-        # a new tensor, not an update in place: compiled backward passes recompute weights from the tensor they were given
+        # a new tensor, not an update in place: compiled backward passes recompute weights from the tensor they got
         self.step = self.step + 1
         if eager:
+            self._checked = True
             self._calls += 1
             if self._calls % CHECK_EVERY == 0:
                 self.check_finite()
@@ -215,23 +216,35 @@ class DistilledModel(nn.Module):
             return args, {k: v for k, v in kwargs.items() if k != "targets"}, kwargs["targets"]
         if len(args) < 2:
             raise TypeError(
-                "a wrapped model with a criterion is called with the student's arguments and then the targets: model(x, targets)"
+                "a wrapped model with a criterion is called with the student's arguments and then the targets: "
+                "model(x, targets)"
             )
         return args[:-1], kwargs, args[-1]
 
     def _task_losses(self, output: Any, targets: Any) -> dict[str, Tensor]:
         if self.criterion is None:
-            return self._adapter.losses(output)
-        loss = self.criterion(output, targets)
-        return dict(loss) if isinstance(loss, Mapping) else {"task": loss}
+            losses = self._adapter.losses(output)
+        else:
+            loss = self.criterion(output, targets)
+            losses = dict(loss) if isinstance(loss, Mapping) else {"task": loss}
+        taken = losses.keys() & {OUTPUT, *self._uses}
+        if taken:
+            raise WrapError(
+                f"a task loss is called {min(taken)!r}, which is taken: rename it, or the distiller of that name"
+            )
+        return losses
 
     def _run_teacher(self, name: str, side: Side, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Reading, View]:
         args, kwargs = side.adapter.without_targets(*self._fed(name, args, kwargs))
-        teacher = self._frozen.get(name)
-        own_precision = teacher is not None and teacher.dtype is not None
-        no_autocast = torch.autocast(self.step.device.type, enabled=False) if own_precision else nullcontext()
-        with torch.no_grad(), no_autocast:
+        with torch.no_grad(), self._precision(name):
             return side.run(args, kwargs, exit_early=side.exits_early)[1]
+
+    def _precision(self, name: str) -> AbstractContextManager[Any]:
+        """A teacher that has its own dtype runs outside of the loop's autocast."""
+        teacher = self._frozen.get(name)
+        if teacher is None or teacher.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.step.device.type, enabled=False)
 
     def _fed(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], cast: bool = True
@@ -240,83 +253,94 @@ class DistilledModel(nn.Module):
         teacher = self._frozen.get(name)
         if teacher is None:
             return args, kwargs
-        if name in self._renormalise:
-            args = (self._renormalise[name](args[0]), *args[1:])
+        change = self._renormalise.get(name)
+        if change is not None and args:
+            args = (change(args[0]), *args[1:])
+        elif change is not None:
+            key = input_name(kwargs)
+            kwargs = {**kwargs, key: change(kwargs[key])}
         if teacher.feed is not None:
             args, kwargs = teacher.feed(args, kwargs)
         return (teacher.cast(args), teacher.cast(kwargs)) if cast else (args, kwargs)
 
     def _distill(
-        self, views: dict[Reading, View], taught: dict[str, dict[Reading, View]], targets: Any, device: torch.device
+        self, views: dict[Reading, View], taught: dict[str, dict[Reading, View]], targets: Any, check: bool
     ) -> dict[str, Tensor]:
         losses = {}
-        with torch.autocast(device.type, enabled=False):  # temperatures and small differences need float32
+        with torch.autocast(self.step.device.type, enabled=False):  # small differences need float32
             for name, distiller in self._named:
                 student = [views[r] for r in _readings(distiller, "student")]
-                teacher_views = taught[self._uses[name]]
-                teacher = [
-                    self._matched(name, teacher_views[r], s)
-                    for r, s in zip(_readings(distiller, "teacher"), student, strict=True)
-                ]
-                if isinstance(distiller.reads, tuple):
-                    loss = distiller(tuple(student), tuple(teacher), targets)
-                else:
-                    loss = distiller(student[0], teacher[0], targets)
-                if not self._checked and not torch.compiler.is_compiling():
+                teacher = [taught[self._uses[name]][r] for r in _readings(distiller, "teacher")]
+                if check:
+                    _tell_unmatched(name, student, teacher)
+                try:
+                    teacher = [t.match(s) for t, s in zip(teacher, student, strict=True)]
+                    if isinstance(distiller.reads, tuple):
+                        loss = distiller(tuple(student), tuple(teacher), targets)
+                    else:
+                        loss = distiller(student[0], teacher[0], targets)
+                except ValueError as error:
+                    raise ViewError(f"distiller {name!r}: {error}") from error
+                if check:
                     _check_reaches(name, loss, distiller)
                 losses[name] = distiller.weight.at(self.step) * loss
-        self._checked = True
         return losses
-
-    def _matched(self, name: str, teacher: View, student: View) -> View:
-        if not self._checked and not torch.compiler.is_compiling():
-            for note in teacher.unmatched(student):
-                log.info("%s: the teacher's %s", name, note)
-        try:
-            return teacher.match(student)
-        except ValueError as error:
-            raise ViewError(f"distiller {name!r}: {error}") from None
 
     @torch.no_grad()
     def _update_averages(self) -> None:
-        for name, average in self.averages.items():
-            update_average(average, self.student, self._decays[name])
+        for name, decay in self._decays.items():
+            update_average(self.averages[_key(name)], self.student, decay)
 
     # ---- checks
 
+    def _check_modes(self) -> None:
+        if not self.student.training:
+            raise StudentModeError(
+                "the wrapped model is in train mode, its student in eval mode, where a detector returns no losses and "
+                "dropout is off: call model.train(). Frozen layers inside the student may stay in eval mode"
+            )
+        for teacher in self._frozen.values():
+            teacher.check_mode()
+
     def _prove_sides(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """At the first steps (1, 2, 4, 8, ...) until every model has predicted something its adapter could be held against."""
-        sides = [self._student_side, *self._teacher_sides.values()]
+        """At calls 1, 2, 4, 8, ..., until every model has predicted something its adapter could be held against."""
         if not self._calls:
             for name, teacher in self._frozen.items():
-                teacher.prove_folding(
-                    *self._teacher_sides[name].adapter.without_targets(*self._fed(name, args, kwargs, cast=False))
-                )
+                fed = self._fed(name, args, kwargs, cast=False)
+                teacher.prove_folding(*self._teacher_sides[name].adapter.without_targets(*fed))
         call = self._calls + 1
-        if call & (call - 1) or not any(side.unproven for side in sides):
+        if call & (call - 1):
             return
-        for side in sides:
+        if self._student_side.unproven:
+            self._prove(self._student_side, args, kwargs)
+        for name, side in self._teacher_sides.items():
             if side.unproven:
-                try:
-                    side.prove(*self._fed(side.role, args, kwargs))
-                except AdapterError as error:
-                    raise AdapterError(f"{side.role}: {error}") from None
+                with self._precision(name):
+                    self._prove(side, *self._fed(name, args, kwargs))
+
+    def _prove(self, side: Side, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        failed = self.step.new_full((), float(not side.prove(args, kwargs)), dtype=torch.float32)
+        # a sharded model waits for the other ranks when it runs: all look again, or none
+        side.unproven = bool(mean_over_ranks(failed))
 
     def _flag(self, losses: dict[str, Tensor]) -> None:
         """Remember on the device at which step each loss was first not finite."""
         values = torch.stack([loss.detach().float() for loss in losses.values()])
-        if not self._first_bad or self._loss_names != tuple(losses):
+        if self._loss_names != tuple(losses):
+            self.check_finite()  # the flags of the losses until now
             self._loss_names = tuple(losses)
+        if not self._first_bad:
             self._first_bad = [torch.full((len(losses),), -1, dtype=torch.int64, device=values.device)]
         first = self._first_bad[0]
         self._first_bad = [torch.where((first < 0) & ~values.isfinite(), self.step, first)]
 
     def check_finite(self) -> None:
-        """Read the device's flags (one host sync). Called by itself every 50 eager steps; a compiled loop calls it where it
-        synchronises anyway.
+        """Read the device's flags (one host sync).
+
+        Called by itself every 50 eager steps; a compiled loop calls it where it synchronises anyway.
 
         Raises:
-            NonFiniteLossError: names every loss that was infinite or NaN since the last look, and the step it began at.
+            NonFiniteLossError: names each loss that was infinite or NaN since the last look, and the step it began at.
         """
         if not self._first_bad:
             return
@@ -340,7 +364,7 @@ class DistilledModel(nn.Module):
         """Device moves reach the frozen teachers, changes of dtype do not."""
         super()._apply(fn, recurse)
         for teacher in self._frozen.values():
-            teacher.model.to(self.step.device)
+            teacher.to(self.step.device)
         return self
 
     def unwrap(self) -> nn.Module:
@@ -358,7 +382,7 @@ class DistilledModel(nn.Module):
         raise TypeError("a wrapped model cannot be pickled: save model.state_dict(), or the student (model.student)")
 
 
-def _refuse(student: nn.Module) -> None:
+def _refuse(student: nn.Module, teachers: Mapping[str, Teacher | EMATeacher]) -> None:
     if student in _wrapped:
         raise WrapError(
             "this student is wrapped already: call unwrap() on the first wrapper, or give both distillers to one wrap()"
@@ -370,32 +394,51 @@ def _refuse(student: nn.Module) -> None:
     for name, module in student.named_modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise WrapError(
-                f"the student is compiled ({name or 'itself'}): hooks set after compilation are ignored without a word. "
-                "Wrap first, then compile the wrapped model"
+                f"the student is compiled ({name or 'itself'}): hooks set after compilation are ignored without a "
+                "word. Wrap first, then compile the wrapped model"
+            )
+    for name, teacher in teachers.items():
+        if isinstance(teacher, Teacher) and teacher.model is student:
+            raise WrapError(
+                f"teacher {name!r} is the student itself: give a copy of it (copy.deepcopy), or EMATeacher() for its "
+                "running average"
             )
 
 
-def _by_name(distillers: Sequence[Distiller]) -> dict[str, Distiller]:
-    named: dict[str, Distiller] = {}
+def _key(name: str) -> str:
+    """A name as a key of a ModuleDict, which takes no dots."""
+    return name.replace(".", "_")
+
+
+def _check_distinct(what: str, names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if _key(name) in seen:
+            raise WrapError(f"two {what} would be called {name!r}: give one another name, as in name='second'")
+        seen.add(_key(name))
+
+
+def _teachers_by_distiller(
+    distillers: Sequence[Distiller], teachers: Mapping[str, object], default: str | None
+) -> dict[str, str]:
+    """Which teacher each distiller learns from: names of both."""
+    there = ", ".join(teachers) or "none"
+    uses = {}
     for distiller in distillers:
-        if distiller.name in named or distiller.name == OUTPUT:
+        teacher = distiller.teacher or default
+        if teacher is None:
             raise WrapError(
-                f"two losses would be called {distiller.name!r}: give one another name, as in name='second'"
+                f"distiller {distiller.name!r} does not say which teacher it learns from (teacher=); there are: {there}"
             )
-        named[distiller.name] = distiller
-    return named
-
-
-def _check_teachers(named: dict[str, Distiller], teachers: Mapping[str, object]) -> None:
-    for name, distiller in named.items():
-        if distiller.teacher is None and len(teachers) != 1:
+        if teacher not in teachers:
+            raise WrapError(f"distiller {distiller.name!r} wants the teacher {teacher!r}; there are: {there}")
+        uses[distiller.name] = teacher
+    for name in teachers:
+        if name not in uses.values():
             raise WrapError(
-                f"distiller {name!r} does not say which teacher it learns from: one of {', '.join(teachers) or 'none given'}"
+                f"no distiller uses the teacher {name!r}: name it, as in LD(teacher={name!r}), or leave it out"
             )
-        if distiller.teacher is not None and distiller.teacher not in teachers:
-            raise WrapError(
-                f"distiller {name!r} wants the teacher {distiller.teacher!r}; there are: {', '.join(teachers) or 'none'}"
-            )
+    return uses
 
 
 def _paths(at: str | Sequence[str] | None) -> Paths:
@@ -414,12 +457,18 @@ def _prepare(distiller: Distiller, student: Side, teacher: Side) -> None:
         first = _readings(distiller, role)[0]
         return side.adapter.widths(side.model, first.kind, first.at)
 
-    distiller.prepare(widths(student, "student"), widths(teacher, "teacher"))
+    try:
+        distiller.prepare(widths(student, "student"), widths(teacher, "teacher"))
+    except ValueError as error:
+        raise ViewError(f"distiller {distiller.name!r}: {error}") from error
 
 
 def _renormalisation(adapter: Adapter, student: nn.Module, name: str, teacher: Teacher) -> Renormalise | None:
-    wanted = teacher.norm or (teacher.adapter or adapter).normalisation(teacher.model)
     given = adapter.normalisation(student)
+    theirs = teacher.adapter or adapter
+    # an adapter that is the student's too speaks of the student's input: what the teacher's model says goes first
+    wanted = teacher.norm or (said_by(teacher.model) if theirs is adapter else None)
+    wanted = wanted or theirs.normalisation(teacher.model)
     if teacher.norm and not given:
         raise WrapError(
             f"teacher {name!r} was given mean and std, but what the student's input is normalised with is not known: "
@@ -431,8 +480,10 @@ def _renormalisation(adapter: Adapter, student: nn.Module, name: str, teacher: T
     return Renormalise(given, wanted)
 
 
-def _device_of(views: dict[Reading, View]) -> torch.device:
-    return next((t.device for view in views.values() for t in view.tensors()), torch.device("cpu"))
+def _tell_unmatched(name: str, student: Sequence[View], teacher: Sequence[View]) -> None:
+    for s, t in zip(student, teacher, strict=True):
+        for note in t.unmatched(s):
+            log.info("%s: the teacher's %s", name, note)
 
 
 def _check_reaches(name: str, loss: Any, distiller: Distiller) -> None:
@@ -453,6 +504,7 @@ def _check_reaches(name: str, loss: Any, distiller: Distiller) -> None:
             return
         todo += [following for following, _ in node.next_functions]
     raise UnreachedStudentError(
-        f"the loss of distiller {name!r} reaches no parameter of the student: it would train nothing. The student's tapped layer is "
-        "frozen, detached, computed under no_grad, or inside a reentrant activation checkpoint (use use_reentrant=False)"
+        f"the loss of distiller {name!r} reaches no parameter of the student: it would train nothing. The student's "
+        "tapped layer is frozen, detached, computed under no_grad, or inside a reentrant activation checkpoint (use "
+        "use_reentrant=False)"
     )

@@ -71,8 +71,9 @@ class Resize:
         size: S for S x S, (height, width), or None to leave the picture as it is.
         keep_ratio: False: stretch to ``size``. True: the largest picture of unchanged aspect that fits. ``size`` then
             bounds the long and the short side, whichever way the picture stands, as in mmdet's (1333, 800).
-        pad: with ``keep_ratio``: fill with black, right and below, to exactly ``size`` (for inputs of one fixed shape;
-            detectors here pad by themselves). The picture then has to fit ``size`` as it stands.
+        pad: with ``keep_ratio``: fill with black, right and below, to exactly ``size``, as some detectors were trained.
+            (Detectors here pad batches by themselves, but no further than they must, and predict nothing there; what
+            is filled up here is picture to them.) The picture then has to fit ``size`` as it stands.
 
     The target gets ``scale``: (sx, sy), network pixels per pixel of the original, exact after rounding to whole pixels.
     Raises ValueError for sizes that are not positive.

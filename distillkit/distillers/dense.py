@@ -7,41 +7,40 @@ from distillkit.core.views import DenseDetections
 from distillkit.losses.reduce import mean_over_ranks
 
 
-def check_grids(who: str, student: DenseDetections, teacher: DenseDetections) -> None:
-    """Raise ValueError, on behalf of the distiller ``who``, unless both views hold the same anchors."""
+def check_grids(student: DenseDetections, teacher: DenseDetections) -> None:
+    """Raise ValueError unless both views hold the same anchors."""
     s, t = student.classes, teacher.classes
     if s.anchors != t.anchors:
         raise ValueError(
-            f"{who}: the student has {s.anchors} anchors a cell, the teacher {t.anchors}; both need the same anchors="
+            f"the student has {s.anchors} anchors a cell, the teacher {t.anchors}; both need the same anchors="
         )
     if s.sizes != t.sizes:
         raise ValueError(
-            f"{who}: the student's levels have {_sizes(s)} cells, the teacher's {_sizes(t)}; feed both pictures of "
-            "one size and name levels of the same strides="
+            f"the student's levels have {_sizes(s)} cells, the teacher's {_sizes(t)}; feed both pictures of one size "
+            "and name levels of the same strides="
         )
 
 
-def check_edges(who: str, student: DenseDetections, teacher: DenseDetections) -> tuple[Maps, Maps]:
+def check_edges(student: DenseDetections, teacher: DenseDetections) -> tuple[Maps, Maps]:
     """The edge distributions of both; ValueError unless they can be compared bin by bin."""
     for role, view in (("student", student), ("teacher", teacher)):
         if view.edges is None:
             raise ValueError(
-                f"{who}: the {role} has no edge distributions; name them with the adapter's edges=, or leave {who} out"
+                f"the {role} has no edge distributions: name them with the adapter's edges= or leave this distiller out"
             )
     s, t = student.edges, teacher.edges
     assert s is not None
     assert t is not None
     if s.shape[-1] != t.shape[-1]:
         raise ValueError(
-            f"{who}: the student has {s.shape[-1]} bins an edge, the teacher {t.shape[-1]}; build both heads with "
+            f"the student has {s.shape[-1]} bins an edge, the teacher {t.shape[-1]}; build both heads with "
             "the same bins= (reg_max + 1)"
         )
     if s.shape[0] != t.shape[0]:
         raise ValueError(
-            f"{who}: the student has {s.shape[0]} edges a box, the teacher {t.shape[0]}; "
-            "name the same edges= on both sides"
+            f"the student has {s.shape[0]} edges a box, the teacher {t.shape[0]}; name the same edges= on both sides"
         )
-    check_grids(who, student, teacher)
+    check_grids(student, teacher)
     return s, t
 
 

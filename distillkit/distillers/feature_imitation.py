@@ -91,6 +91,7 @@ class FeatureImitation(Distiller):
         """Make a projection for every map whose width differs on the two sides."""
         if student_widths is None or teacher_widths is None:
             return
+        check_numbers(len(student_widths), len(teacher_widths))
         self.projections = nn.ModuleList(
             nn.Linear(s, t) if s != t else nn.Identity() for s, t in zip(student_widths, teacher_widths, strict=True)
         )
@@ -102,24 +103,18 @@ class FeatureImitation(Distiller):
         cells = self._cells(detections, teacher_detections, targets)
         pairs = self._pairs(features, teacher_features)
         if len(pairs) != len(cells):
-            raise ValueError(
-                f"{self.name}: {len(pairs)} feature maps, but the head has {len(cells)} levels; name one map a level"
-            )
+            raise ValueError(f"{len(pairs)} feature maps, but the head has {len(cells)} levels; name one map a level")
         return sum_of(self.of_level(s, t, at) for (s, t), at in zip(pairs, cells))
 
     def _pairs(self, student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
         """Student (projected) and teacher maps, at least in float32."""
-        if len(student.maps) != len(teacher.maps):
-            raise ValueError(
-                f"{self.name}: {len(student.maps)} feature maps of the student, {len(teacher.maps)} of the teacher; "
-                "name as many paths in student_at as in teacher_at"
-            )
+        check_numbers(len(student.maps), len(teacher.maps))
         pairs = []
         for i, (s, t) in enumerate(zip(student.maps, teacher.maps)):
             s = project(s, self.projections[i]) if len(self.projections) else s
             if s.shape != t.shape:
                 raise ValueError(
-                    f"{self.name}: map {i} is {tuple(s.shape)} in the student and {tuple(t.shape)} in the teacher. "
+                    f"map {i} is {tuple(s.shape)} in the student and {tuple(t.shape)} in the teacher. "
                     "Channels are matched by a projection where their numbers are known before the first step (name "
                     "convolutions or linear layers in student_at and teacher_at); the other numbers must be equal: "
                     "choose layers of the same stride"
@@ -135,7 +130,7 @@ class FeatureImitation(Distiller):
         elif self.region == "fine-grained":
             chosen = fine_grained(student, targets)
         else:
-            chosen = general_instances(self.name, student, teacher, targets, across_pictures=release)
+            chosen = general_instances(student, teacher, targets, across_pictures=release)
         levels = on_cells(chosen, student.classes)
         if not release:
             return levels
@@ -146,18 +141,27 @@ class FeatureImitation(Distiller):
     def of_level(self, student: Tensor, teacher: Tensor, cells: Tensor) -> Tensor:
         if cells.shape != (student.shape[0], *student.shape[2:]):
             raise ValueError(
-                f"{self.name}: a feature map is {tuple(student.shape)}, its level of the head {tuple(cells.shape)} "
+                f"a feature map is {tuple(student.shape)}, its level of the head {tuple(cells.shape)} "
                 "(images, height, width); name the maps that the head reads, one a level and in its order"
             )
         count = cells.sum().clamp(min=1) if self.convention == "release" else mean_count(cells)
         return ((student - teacher).square().mean(1) * cells).sum() / count
 
 
+def check_numbers(student: int, teacher: int) -> None:
+    if student != teacher:
+        raise ValueError(
+            f"{student} feature maps of the student, {teacher} of the teacher; name as many paths in student_at as in "
+            "teacher_at"
+        )
+
+
 def project(x: Tensor, projection: nn.Module) -> Tensor:
-    """A linear layer over the channels of a map (B, C, H, W) or of tokens (B, N, C)."""
-    if isinstance(projection, nn.Linear) and x.dim() == 4:
-        return F.conv2d(x, projection.weight[:, :, None, None], projection.bias)
-    return projection(x)
+    """A linear layer over the channels of a map (B, C, H, W) or of tokens (B, N, C), at least in float32."""
+    if not isinstance(projection, nn.Linear):
+        return x
+    x, weight, bias = (at_least_float32(t) for t in (x, projection.weight, projection.bias))
+    return F.conv2d(x, weight[:, :, None, None], bias) if x.dim() == 4 else F.linear(x, weight, bias)
 
 
 def on_cells(chosen: Tensor, maps: Maps) -> list[Tensor]:
@@ -187,7 +191,7 @@ def fine_grained(view: DenseDetections, targets: BoxTargets) -> Tensor:
 
 @torch.no_grad()
 def general_instances(
-    who: str, student: DenseDetections, teacher: DenseDetections, targets: BoxTargets, across_pictures: bool = False
+    student: DenseDetections, teacher: DenseDetections, targets: BoxTargets, across_pictures: bool = False
 ) -> Tensor:
     """(B, N) bool: the anchors of each level about whose class the two disagree most, with little overlap among them.
 
@@ -197,7 +201,7 @@ def general_instances(
     Args:
         across_pictures: choose among all pictures of the batch as though they were one (the release).
     """
-    mine, theirs = check_edges(who, student, teacher)
+    mine, theirs = check_edges(student, teacher)
     valid = torch.stack([m.valid for m in matched(student, targets)])
     points = grid_points(mine.sizes, student.strides, student.centre, valid.device)
     strides = grid_strides(mine.sizes, student.strides, valid.device)

@@ -83,7 +83,7 @@ class LD(Distiller):
         self.dense = dense
 
     def forward(self, student: DenseDetections, teacher: DenseDetections, targets: BoxTargets) -> Tensor:
-        mine, theirs = check_edges(self.name, student, teacher)
+        mine, theirs = check_edges(student, teacher)
         where, weight = self.region(student, targets, self.anchor_weight, self.dense)  # M anchors and their weights
         rows = kl_divergence(mine.at(where), theirs.at(where), self.temperature)  # (M, E)
         if self.convention == "release" and self.region.name == "merged":

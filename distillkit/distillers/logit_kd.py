@@ -97,7 +97,7 @@ class LogitKD(Distiller):
 
     def _anchors(self, student: DenseDetections, teacher: DenseDetections, targets: BoxTargets) -> Tensor:
         self._check_classes(student.classes.shape[0], teacher.classes.shape[0])
-        check_grids(self.name, student, teacher)
+        check_grids(student, teacher)
         assert self.region is not None
         where, weight = self.region(student, targets, self.anchor_weight, self.dense)
         rows = self._rows(student.classes.at(where), teacher.classes.at(where), "mean")  # (M,)
@@ -115,13 +115,11 @@ class LogitKD(Distiller):
     def _check_classes(self, student: int, teacher: int) -> None:
         if student != teacher:
             raise ValueError(
-                f"{self.name}: the student has {student} classes, the teacher {teacher}; both need the same classes in "
-                "the same order: build them with the same num_classes="
+                f"the student has {student} classes, the teacher {teacher}; both need the same classes in the same "
+                "order: build them with the same num_classes="
             )
         if student == 1 and self.protocol == "softmax":
-            raise ValueError(
-                f"{self.name}: a softmax over one class is constant and teaches nothing; use protocol='sigmoid'"
-            )
+            raise ValueError("a softmax over one class is constant and teaches nothing; use protocol='sigmoid'")
 
 
 def binary_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

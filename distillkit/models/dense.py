@@ -99,7 +99,7 @@ def candidates(
     scores: Sequence[Tensor],
     edges: Sequence[Tensor],
     size: tuple[int, int],
-    strides: Sequence[int],
+    strides: Sequence[float],
     centre: float,
     before_nms: int = 1000,
 ) -> tuple[Tensor, Tensor]:
@@ -136,7 +136,7 @@ def predict(
     scores: Sequence[Tensor],
     edges: Sequence[Tensor],
     sizes: Sizes,
-    strides: Sequence[int],
+    strides: Sequence[float],
     centre: float,
     how: Inference,
 ) -> list[dict[str, Tensor]]:

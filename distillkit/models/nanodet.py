@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -35,9 +35,9 @@ KINDS = {"Input", "Convolution", "ConvolutionDepthWise", "Pooling", "Split", "Co
 KINDS |= {"BinaryOp", "Interp", "Sigmoid", "Reshape", "Permute"}
 MODES = {"Pooling": 0, "BinaryOp": 0, "Interp": 2}  # maximum, sum, bilinear: the only ones a NanoDet has
 PRIOR = 0.01  # the class probability that a fresh head says of every cell
-
-
 BACKBONE_STRIDE = 32  # pictures are padded to multiples of it, as published; the level of stride 64 rounds up
+
+Convention = Literal["default", "release"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class NanoDet(nn.Module):
         bins, num_classes, octave (5: side of the anchor box in strides, as NanoDet was trained).
         head_paths: module path of each level's output convolution (num_classes + 4*8 channels), finest first.
         inference: an ``Inference``, replace it for other thresholds.
+        convention: of the boxes that it predicts, as in ``nanodet``.
     """
 
     bins = BINS
@@ -108,6 +109,7 @@ class NanoDet(nn.Module):
         self.input_size, self.keep_ratio = variant.input_size, variant.keep_ratio
         self.num_classes = COCO_CLASSES
         self.inference = Inference()
+        self.convention: Convention = "default"
         self.layers = _up_to(_output_convs(layers), layers)
         self.convs = nn.ModuleDict({layer.name: _conv(layer) for layer in self.layers if layer.is_conv})
         self._heads = self._by_stride(_output_convs(layers))
@@ -163,7 +165,13 @@ class NanoDet(nn.Module):
 
     def predict(self, classes: list[Tensor], edges: list[Tensor], sizes: Sizes) -> list[dict[str, Tensor]]:
         """The head's maps -> per picture boxes (k, 4) in its pixels, scores (k,) falling, labels (k,)."""
-        return predict([c.sigmoid() for c in classes], edges, sizes, self.strides, self.centre, self.inference)
+        strides = self.strides if self.convention == "default" else self._shares_of_the_width(classes)
+        return predict([c.sigmoid() for c in classes], edges, sizes, strides, self.centre, self.inference)
+
+    def _shares_of_the_width(self, maps: list[Tensor]) -> list[float]:
+        """The batch's width over each level's cells; batches are padded so that the finest stride divides it."""
+        width = maps[0].shape[-1] * self.strides[0]
+        return [width / level.shape[-1] for level in maps]
 
     def new_head(self, num_classes: int) -> "NanoDet":
         """Put freshly initialised output convolutions for other classes in place of the trained ones. Returns self."""
@@ -236,21 +244,31 @@ class NanoDet(nn.Module):
         return (F.interpolate(x, scale_factor=[layer.values[1], layer.values[2]], mode="bilinear"),)
 
 
-def nanodet(variant: str, folder: str | Path | None = None) -> NanoDet:
+def nanodet(variant: str, folder: str | Path | None = None, convention: Convention = "default") -> NanoDet:
     """A trained NanoDet, in train mode.
 
     Args:
         variant: "nanodet-m", "nanodet-plus-m_320" or "nanodet-plus-m_416".
         folder: where VARIANT.param and VARIANT.bin are; $DISTILLKIT_DATA/weights_nanodet unless given.
+        convention: how head maps become boxes in eval mode. ``default``: by the strides 8, 16, 32 and 64 that the model
+            was trained with. ``release``: on both axes by the batch's width over a level's cells, as the program does
+            that measured the AP published beside these files; only to measure the same. The two differ where a level's
+            cells do not divide the width: at 416, level 64 has 7 cells and ``release`` takes 59.43. Training always
+            takes the true strides, and ``wrap`` refuses a model in ``release``.
 
     Raises:
-        ValueError: no such variant, or a file that is damaged or not an ncnn file of a NanoDet; the message names it.
+        ValueError: no such variant or convention, or a file that is damaged or not an ncnn file of a NanoDet; the
+            message names it.
         FileNotFoundError: no folder, or a file is missing in it.
     """
     if variant not in VARIANTS:
         raise ValueError(f"nanodet variant {variant!r} is not one of {', '.join(VARIANTS)}")
+    if convention not in ("default", "release"):
+        raise ValueError(f"nanodet convention {convention!r} is neither 'default' nor 'release'")
     folder = Path(folder) if folder is not None else _default_folder()
-    return load_ncnn(folder / f"{variant}.param", folder / f"{variant}.bin", VARIANTS[variant])
+    model = load_ncnn(folder / f"{variant}.param", folder / f"{variant}.bin", VARIANTS[variant])
+    model.convention = convention
+    return model
 
 
 def load_ncnn(param: Path, weights: Path, variant: Variant) -> NanoDet:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -67,14 +66,19 @@ def build_data(recipe: Recipe, split: Literal["train", "val", "test"], augmented
     return plugins.build("data", data.name, split=split, transform=transform, seed=recipe.seed, **data.options)
 
 
+def build_resize(data: schema.Data) -> Resize:
+    """How pictures become the network's input wherever nothing is drawn at random: evaluation and prediction."""
+    return Resize(_pair(data.size), data.keep_ratio, data.pad)
+
+
 def _transform(data: schema.Data, augmented: bool) -> Transform:
-    size = _pair(data.size)
     if not augmented:
-        return Resize(size, data.keep_ratio)
+        return build_resize(data)
     a = data.augment
     return Augment(
-        size,
+        _pair(data.size),
         data.keep_ratio,
+        data.pad,
         flip=a.flip,
         crop=a.crop.min_scale if a.crop else None,
         multi_scale=_pair(a.multi_scale) if a.multi_scale else None,
@@ -100,6 +104,7 @@ def build_model(config: schema.Model | schema.TeacherModel, classes: int, evalua
             convs=config.convs,
             groups=math.gcd(config.channels, 32),
             bins=config.bins,
+            frozen_stages=config.frozen_stages,
         )
     elif isinstance(config, schema.NanoDetModel):
         model = _nanodet(config, classes)
@@ -113,12 +118,15 @@ def build_model(config: schema.Model | schema.TeacherModel, classes: int, evalua
 
 
 def _nanodet(config: schema.NanoDetModel, classes: int) -> nn.Module:
-    model = nanodet(config.variant, config.folder)
-    if config.new_head:
+    model = nanodet(config.variant, config.folder, config.convention)
+    if config.weights == "none":
+        return model.reset().new_head(classes)
+    if config.weights == "new-head":
         return model.new_head(classes)
     if classes != model.num_classes:
         raise RunError(
-            f"{config.variant} was trained for {model.num_classes} classes, the data have {classes}: set new_head: true"
+            f"{config.variant} was trained for {model.num_classes} classes, the data have {classes}: "
+            "set weights: new-head, or weights: none"
         )
     return model
 
@@ -182,21 +190,18 @@ def _distiller(config: schema.Distiller, recipe: Recipe, classes: int) -> Distil
         return FeatureImitation(
             region=config.region,
             weight=weight,
+            convention=config.convention,
             student_at=config.student_at,
             teacher_at=config.teacher_at,
             teacher=config.teacher,
             name=config.name,
         )
     built = plugins.build("distiller", config.name, **config.options)
-    built.weight, built.teacher = weight, config.teacher
+    built.name, built.weight, built.teacher = config.name, weight, config.teacher
     return built
 
 
 def _region(config: schema.LD | schema.SelfLD | schema.LogitKD) -> Region:
-    if config.region is None:
-        raise RunError(
-            f"distiller {config.name!r}: a detector's logit-kd needs a region: main, valuable or main+valuable"
-        )
     valuable = Valuable(config.gamma, config.measure)
     if config.region == "main":
         return Main()
@@ -215,16 +220,11 @@ def build_wrapped(
 ) -> DistilledModel:
     """The student with its distillers and those teachers that they learn from."""
     distillers = list(distillers)
-    configs = teacher_configs(recipe)
-    only = next(iter(configs)) if len(configs) == 1 else None
-    taught = [d for d in distillers if d.own_teacher() is None]
-    for distiller in taught:  # said outright, as one that brings its own teacher may stand beside it
-        distiller.teacher = distiller.teacher or only
-    needed = {d.teacher for d in taught}
+    named = {d.teacher for d in distillers if d.own_teacher() is None}  # None: the only one there is
     chosen = {
         name: Teacher(teachers[name], dtype=_dtype(config.dtype), fold_bn=config.fold_bn)
-        for name, config in configs.items()
-        if name in needed
+        for name, config in teacher_configs(recipe).items()
+        if name in named or None in named
     }
     return wrap(student, chosen, distillers)
 
@@ -236,12 +236,7 @@ def teacher_configs(recipe: Recipe) -> dict[str, schema.TeacherModel]:
 
 def teacher_folder(name: str) -> str:
     """Where a run keeps what belongs to a teacher."""
-    return name if name == "teacher" else f"teacher-{slug(name)}"
-
-
-def slug(name: str) -> str:
-    """A row's name as a folder's."""
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "row"
+    return name if name == "teacher" else f"teacher-{schema.slug(name)}"
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

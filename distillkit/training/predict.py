@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
 
 from distillkit.data.transforms import Resize, sample_of
 from distillkit.evaluation.draw import draw_boxes
@@ -42,7 +43,7 @@ def predict(recipe: Recipe, weights: Path | None, images: list[Path], folder: Pa
         build.load_checkpoint(model, weights)
     device = processes().device
     model.to(device).eval()
-    resize = Resize((recipe.data.size[0], recipe.data.size[1]), recipe.data.keep_ratio)
+    resize = build.build_resize(recipe.data)
     rows: list[dict[str, Any]] = []
     for number, (path, drawn) in enumerate(_named(images, folder), 1):
         picture = _read(path)
@@ -50,6 +51,7 @@ def predict(recipe: Recipe, weights: Path | None, images: list[Path], folder: Pa
         with torch.inference_mode():
             (found,) = model([image.to(device)])
         boxes = found["boxes"].cpu() / torch.tensor([*target["scale"]] * 2)
+        boxes = clip_boxes_to_image(boxes, (picture.height, picture.width))  # none reaches into what data.pad added
         labels, scores = found["labels"].cpu(), found["scores"].cpu()
         shown = draw_boxes(picture, boxes, labels, scores, data.classes)
         checkpoint.atomically(drawn, lambda part, shown=shown: shown.save(part, format="png"))  # type: ignore[misc]

@@ -96,8 +96,8 @@ class Jobs:
         for split, data in (("train", self.train), (self.recipe.evaluate.split, self.judged)):
             if data.classes != self.val.classes:
                 raise RunError(
-                    f"data.{split} has the classes {', '.join(data.classes)}; data.val has {', '.join(self.val.classes)}: "
-                    "the splits need the same classes in the same order"
+                    f"data.{split} has the classes {', '.join(data.classes)}; "
+                    f"data.val has {', '.join(self.val.classes)}: the splits need the same classes in the same order"
                 )
 
     def teacher(self, name: str, config: schema.TeacherModel) -> nn.Module:
