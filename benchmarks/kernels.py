@@ -1,25 +1,20 @@
-"""What the localization distillation loss and its region cost, as ratios to the forms they are usually written in.
-
-    python benchmarks/kernels.py --write benchmarks/results/kernels.md
+"""What the localization distillation loss and its region cost, against the forms they are usually written in.
 
 Two pictures of 800 x 1333 through a pyramid of strides 8 to 128: 44,600 anchors of 4 edges of 17 bins, 5 % of them in
-the region. Process CPU time on one thread, all forms in turn in one process: what else the machine does falls on all
-alike. The usual form runs twice, and the ratio of the two runs ("again") says how far ratios can be trusted.
-Prints a Markdown table, and writes it where `--write` says.
+the region.
 """
 
-import argparse
 import math
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import heading, table, write
 from torch import Tensor
 
+from benchmarks.machine import table
 from distillkit.boxes.anchors import grid_anchors
 from distillkit.boxes.assign import atss
 from distillkit.boxes.iou import centre_distance, enclosing_diagonal, pairwise_iou
@@ -34,31 +29,16 @@ COUNTS = tuple(h * w for h, w in SIZES)
 BINS, TEMPERATURE, BOXES, GAMMA = 17, 10.0, 20, 0.25
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=31, help="how often every form runs")
-    parser.add_argument("--seed", type=int, default=0, help="of the logits, regions and boxes")
-    parser.add_argument("--write", type=Path, help="write the table to this file, too")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-
+def tables(rounds: int, seed: int = 0) -> list[str]:
+    """One Markdown table; all forms of a row take turns, and the usual one runs twice."""
     rows = [
-        *timed("LD loss, forward and backward", loss_forms(args.seed), args.rounds),
-        *timed("valuable region of one picture, 20 boxes", region_forms(args.seed), args.rounds),
+        *timed("LD loss, forward and backward", loss_forms(seed), rounds),
+        *timed(f"valuable region, {BOXES} boxes a picture", region_forms(seed), rounds),
     ]
-    text = "\n\n".join(
-        [
-            heading(
-                "Localization distillation: the loss and its region",
-                "python benchmarks/kernels.py --write benchmarks/results/kernels.md",
-                args.seed,
-            ),
-            f"{IMAGES} x {HEIGHT} x {WIDTH} pixels, {IMAGES * sum(COUNTS):,} anchors, one thread; medians of "
-            f"{args.rounds} rounds.",
-            table(["what", "form", "CPU ms", "ratio", "largest difference (relative)"], rows),
-        ]
-    )
-    write(text, args.write)
+    return [
+        f"{IMAGES} pictures of {HEIGHT} x {WIDTH}, {IMAGES * sum(COUNTS):,} anchors.\n\n"
+        + table(["what", "form", "median CPU ms", "ratio", "largest difference (relative)"], rows)
+    ]
 
 
 def timed(what: str, forms: dict[str, Callable[[], Tensor]], rounds: int) -> list[list[str]]:
@@ -129,15 +109,23 @@ def loss_gathered(student: list[Tensor], teacher: list[Tensor], weight: Tensor) 
 
 def region_forms(seed: int) -> dict[str, Callable[[], Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    corner = torch.rand(BOXES, 2, generator=generator) * torch.tensor([WIDTH * 0.7, HEIGHT * 0.7])
-    boxes = torch.cat([corner, corner + torch.rand(BOXES, 2, generator=generator) * 250 + 16], 1)
+    pictures = [random_boxes(generator) for _ in range(IMAGES)]
     anchors = grid_anchors(SIZES, STRIDES, 0.0, 8.0, "cpu")
+
+    def of_batch(region: Callable[..., Tensor], *options: Any) -> Callable[[], Tensor]:
+        return lambda: torch.stack([region(anchors, boxes, *options) for boxes in pictures])
+
     return {
-        "usual: every anchor sorted by distance": lambda: region_sorted(anchors, boxes),
-        "usual, again": lambda: region_sorted(anchors, boxes),
-        "usual, on distillkit's overlaps": lambda: region_sorted(anchors, boxes, fast_overlaps),
-        "distillkit: by threshold": lambda: region_by_threshold(anchors, boxes),
+        "usual: every anchor sorted by distance": of_batch(region_sorted),
+        "usual, again": of_batch(region_sorted),
+        "usual, on distillkit's overlaps": of_batch(region_sorted, fast_overlaps),
+        "distillkit: by threshold": of_batch(region_by_threshold),
     }
+
+
+def random_boxes(generator: torch.Generator) -> Tensor:
+    corner = torch.rand(BOXES, 2, generator=generator) * torch.tensor([WIDTH * 0.7, HEIGHT * 0.7])
+    return torch.cat([corner, corner + torch.rand(BOXES, 2, generator=generator) * 250 + 16], 1)
 
 
 def region_by_threshold(anchors: Tensor, boxes: Tensor) -> Tensor:
@@ -177,7 +165,3 @@ def fast_overlaps(anchors: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tenso
     a, b = anchors[:, None], boxes[None]
     iou, apart = pairwise_iou(anchors, boxes), centre_distance(a, b)
     return iou, iou - apart / enclosing_diagonal(a, b), apart.sqrt()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Every row of a recipe with several seeds: mean, spread, and the paired difference to the first row.
 
-    DISTILLKIT_DATA=/data python benchmarks/seeds.py benchmarks/bccd.yaml --seeds 5
+    DISTILLKIT_DATA=/data python -m benchmarks.seeds benchmarks/bccd.yaml --seeds 5
 
 A cell of the table is a row with a seed. Each finished cell is one JSON line in benchmarks/results/NAME.jsonl, and no
 cell whose line is there is run again: stop at any time, call again, and ask for more seeds later. A cell that was
@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import processor, table
 from pydantic import BaseModel
 from rich.console import Console
 from torch import nn
 
+from benchmarks.machine import processor, table
 from distillkit import recipe as schema
 from distillkit.recipe import Recipe, load
 from distillkit.training import build, checkpoint, metrics
@@ -49,7 +49,7 @@ def main() -> None:
     unknown = set(args.row or ()) - {row.row for row in recipe.compare}
     if unknown:
         parser.error(f"no row {', '.join(sorted(unknown))}; there are: {', '.join(row.row for row in recipe.compare)}")
-    command = " ".join(["python benchmarks/seeds.py", args.recipe, f"--seeds {args.seeds}", *args.overrides])
+    command = " ".join(["python -m benchmarks.seeds", args.recipe, f"--seeds {args.seeds}", *args.overrides])
     bench = Bench(recipe, RESULTS / f"{recipe.name}.jsonl", command)
     bench.write_table()
     for seed in range(args.seeds):

@@ -1,38 +1,25 @@
-"""A training step against the ideal: student forward and backward, teacher forward, and nothing else.
-
-    python benchmarks/step.py [--rounds 12] [--write benchmarks/results/step.md]
-
-Contenders take turns in one process, in an order shuffled anew in every round, so that whatever else the machine does
-falls on all of them alike. The ratio is the median over rounds of (contender / ideal) of that round. "ideal again" is
-the same code as "ideal": how far its ratio is from 1 is what the machine cannot tell apart.
-"""
+"""A training step against the ideal: student forward and backward, teacher forward, and nothing else."""
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import random
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import timm
 import torch
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy
 
 import distillkit
+from benchmarks.machine import table
 from distillkit import LD, FeatureImitation, LogitKD, Main, Teacher, Valuable
 from distillkit.models.gfl import GFL
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.machine import heading, table, write
-from tests.counting import Dispatched, kept_tensors
+from tests.counting import Dispatched, live_bytes
 
 Step = Callable[[], None]
-T = 4.0
 
 
 def classifiers() -> dict[str, Step]:
@@ -45,16 +32,14 @@ def classifiers() -> dict[str, Step]:
     def ideal(student: torch.nn.Module) -> Step:
         def step() -> None:
             with torch.no_grad():
-                soft = teacher(x)
-            logits = student(x)
-            kl = kl_div((logits / T).log_softmax(-1), (soft / T).softmax(-1), reduction="batchmean") * T * T
-            (cross_entropy(logits, y) + kl).backward()
+                teacher(x)
+            cross_entropy(student(x), y).backward()
             student.zero_grad(set_to_none=True)
 
         return step
 
     def ours(teacher: torch.nn.Module | Teacher) -> Step:
-        model = distillkit.wrap(copy.deepcopy(student), teacher, [LogitKD(temperature=T)], criterion=cross_entropy)
+        model = distillkit.wrap(copy.deepcopy(student), teacher, [LogitKD(temperature=4)], criterion=cross_entropy)
 
         def step() -> None:
             model(x, y).total.backward()
@@ -113,15 +98,18 @@ AGAINST = {"distillkit: feature imitation": "ideal, teacher's features only"}
 
 
 def race(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of wall clock of every step, by name; two unmeasured rounds first."""
+    """CPU seconds of this process for every step, by name; two unmeasured rounds first.
+
+    The contenders take turns, in an order shuffled anew in every round.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order = random.Random(0)
     for turn in range(rounds + 2):
         for name in order.sample(list(steps), len(steps)):
             gc.disable()
-            begin = time.perf_counter()
+            begin = time.process_time()
             steps[name]()
-            took = time.perf_counter() - begin
+            took = time.process_time() - begin
             gc.enable()
             if turn >= 2:
                 seconds[name].append(took)
@@ -138,7 +126,7 @@ def rows_of(seconds: dict[str, list[float]]) -> list[list[str]]:
 
 
 def counted() -> list[list[str]]:
-    """What does not depend on the clock: host syncs on the accelerator path and tensors kept after a step."""
+    """What does not depend on the clock: host syncs on the accelerator path, and what is kept after a step."""
     torch.manual_seed(0)
     options = {"channels": 32, "convs": 1, "groups": 8, "strides": (8, 16, 32)}
     student, teacher = GFL(5, "resnet10t", **options), GFL(5, "resnet10t", **options)
@@ -149,38 +137,32 @@ def counted() -> list[list[str]]:
     model = distillkit.wrap(
         student, teacher, [LD(Main(), dense=True), LD(Valuable(), dense=True), LogitKD(Main(), dense=True)]
     )
-    for _ in range(2):  # at calls 1 and 2 an adapter looks at what the model predicts, which waits
-        model(images, targets)
-    with Dispatched() as ours:
-        model(images, targets).total.backward()
 
     def step() -> None:
         model(images, targets).total.backward()
+        model.zero_grad(set_to_none=True)
 
-    kept = [t for side in (student, teacher) for t in kept_tensors(side, step)]
+    for _ in range(2):  # at calls 1 and 2 an adapter looks at what the model predicts, which waits
+        step()
+    with Dispatched() as ours:
+        step()
+    before = live_bytes()
+    for _ in range(10):
+        step()
     return [
         ["host syncs of the student alone", str(alone.syncs.total())],
         [
             "host syncs added by LD main + LD valuable + class KD (accelerator path)",
             str(ours.syncs.total() - alone.syncs.total()),
         ],
-        ["bytes of activations kept after a step", str(sum(t.numel() * t.element_size() for t in kept))],
+        ["bytes of tensors alive after 10 more steps, less those alive before", str(live_bytes() - before)],
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--write", type=Path, help="also write the tables to this Markdown file")
-    args = parser.parse_args()
-    torch.set_num_threads(2)
-    parts = [heading("Step time over the ideal", f"python benchmarks/step.py --rounds {args.rounds}", seed=0)]
-    for make in (classifiers, detectors):
-        rows = rows_of(race(make(), args.rounds))
-        parts.append(f"{make.__doc__}\n\n" + table(["step", "median ms", "over", "ratio"], rows))
-    parts.append("Counted, not timed:\n\n" + table(["what", "count"], counted()))
-    write("\n\n".join(parts), args.write)
-
-
-if __name__ == "__main__":
-    main()
+def tables(rounds: int) -> list[str]:
+    """A Markdown table of each pair, and one of what is counted."""
+    races = [
+        f"{make.__doc__}\n\n{table(['step', 'median CPU ms', 'over', 'ratio'], rows_of(race(make(), rounds)))}"
+        for make in (classifiers, detectors)
+    ]
+    return [*races, "Counted, not timed:\n\n" + table(["what", "count"], counted())]

@@ -70,3 +70,10 @@ def kept_tensors(model: nn.Module, step: Callable[[], None]) -> list[torch.Tenso
     gc.collect()
     assert refs
     return [t for r in refs if (t := r()) is not None]
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that Python can reach, each storage once."""
+    gc.collect()
+    found = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
