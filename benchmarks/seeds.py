@@ -76,7 +76,9 @@ class Bench:
     def run(self, row: schema.Row, seed: int) -> None:
         key = cell(self.recipe, row, seed)
         self.console.rule(f"{row.row}, seed {seed}")
-        recipe = self.recipe.model_copy(update={"seed": seed, "compare": [row]})
+        recipe = self.recipe.model_copy(
+            update={"seed": seed, "compare": [row], "distillers": chosen_by(self.recipe, row)}
+        )
         folder = self.folder / key
         open_folder(folder, recipe, fresh=False)
         jobs = Jobs(recipe, folder, self.console, self.command)
@@ -88,8 +90,9 @@ class Bench:
         configs = build.teacher_configs(self.recipe)
         if configs and not self.teachers:
             key = teacher_cell(self.recipe)
-            open_folder(self.folder / key, self.recipe.model_copy(update={"compare": []}), fresh=False)
-            jobs = Jobs(self.recipe, self.folder / key, self.console, self.command)
+            recipe = self.recipe.model_copy(update={"compare": [], "distillers": []})
+            open_folder(self.folder / key, recipe, fresh=False)
+            jobs = Jobs(recipe, self.folder / key, self.console, self.command)
             self.teachers = {name: jobs.teacher(name, config) for name, config in configs.items()}
             for name in configs:
                 if f"{key}-{name}" not in self.lines:
@@ -158,10 +161,16 @@ def cell(recipe: Recipe, row: schema.Row, seed: int) -> str:
         _changed(schema.student_of(recipe, row.student)),
         _changed(schema.train_of(recipe, row.train)),
     ]
-    if row.distillers != "none":
-        chosen = [d for d in recipe.distillers if row.distillers == "all" or d.name in row.distillers]
+    if chosen := chosen_by(recipe, row):
         made_by += [*map(_changed, chosen), teacher_cell(recipe)]
     return f"{schema.slug(row.row)}-{seed}-{_digest(made_by)}"
+
+
+def chosen_by(recipe: Recipe, row: schema.Row) -> list[schema.Distiller]:
+    """The distillers of a row."""
+    if row.distillers == "none":
+        return []
+    return [d for d in recipe.distillers if row.distillers == "all" or d.name in row.distillers]
 
 
 def teacher_cell(recipe: Recipe) -> str:
