@@ -18,9 +18,7 @@ from benchmarks.machine import heading, write
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--rounds", type=int, default=12, help="of each step; kernels run three times as often"
-    )
+    parser.add_argument("--rounds", type=int, default=12, help="of each step; kernels run three times as often")
     parser.add_argument("--write", type=Path, help="write the tables to this file, too")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -44,9 +44,15 @@ def wrap(
 
     Raises:
         WrapError, TapError, ViewError: the student or a teacher cannot be wrapped so; the message says what to do.
+
+    That taps fire, that they explain a detector's own boxes and that each loss reaches the student is checked in the
+    first eager step. A loop that is compiled from its first step on has none of these checks: make one eager step
+    before.
     """
     if not isinstance(student, nn.Module):
         raise WrapError(f"student: expected a torch.nn.Module, got {type(student).__name__}")
+    if not isinstance(distillers, Sequence):
+        raise WrapError(f"distillers: expected a list, as in [LogitKD()], got {type(distillers).__name__}")
     given = dict(teacher) if isinstance(teacher, Mapping) else {} if teacher is None else {"teacher": teacher}
     brought: dict[str, TeacherLike] = {}
     for distiller in distillers:

@@ -22,12 +22,13 @@ from rich.text import Text
 
 from distillkit import __version__, plugins
 from distillkit import recipe as recipes
+from distillkit import schema as schemas
 from distillkit.core.errors import DistillError, NonFiniteLossError
 from distillkit.training.errors import Interrupted
 
 if TYPE_CHECKING:
     from distillkit.evaluation.coco import CocoResult
-    from distillkit.recipe import Recipe
+    from distillkit.schema import Recipe
 
 app = typer.Typer(
     name="distillkit",
@@ -50,7 +51,14 @@ Imports = Annotated[
     typer.Option("--import", metavar="PACKAGE", help="Import a package that registers models, distillers or data."),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Weights = Annotated[Path | None, typer.Option("--weights", help="Trained weights; else the student as it comes.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="ROW|FILE",
+        help="A row of the recipe, as the run left it, or a file; else the student as the recipe has it.",
+    ),
+]
 
 
 class SplitName(StrEnum):
@@ -161,6 +169,7 @@ def show(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A file, or a bundled recipe's name.")] = None,
     overrides: Overrides = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes instead.")] = False,
+    imports: Imports = None,
     debug: Debug = False,
 ) -> None:
     """Print a recipe with everything that it extends, overrides and every default written out.
@@ -171,8 +180,9 @@ def show(
       distillkit show --schema > recipe.schema.json
     """
     with _plainly(debug):
+        plugins.import_packages(imports or ())
         if schema:
-            typer.echo(json.dumps(recipes.schema(), indent=2))
+            typer.echo(json.dumps(schemas.json_schema(), indent=2))
         elif recipe is None:
             raise recipes.RecipeError(["name a RECIPE, or ask for the --schema"])
         else:
@@ -184,8 +194,14 @@ def evaluate(
     recipe: RecipeArg,
     overrides: Overrides = None,
     model: Annotated[
-        str, typer.Option("--model", metavar="teacher|student|FILE", help="FILE: the student with these weights.")
-    ] = "student",
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="TEACHER|ROW|FILE",
+            help="A teacher, a row as the run left it, or the student with a file's weights; else the student as the "
+            "recipe has it.",
+        ),
+    ] = None,
     split: Annotated[SplitName, typer.Option("--split", help="On which pictures.")] = SplitName.val,
     imports: Imports = None,
     debug: Debug = False,
@@ -194,6 +210,7 @@ def evaluate(
 
     Examples:
       distillkit eval ld_coco_mini --model teacher --split test
+      distillkit eval quickstart --model distilled
       distillkit eval quickstart --model runs/quickstart/distilled/best.safetensors
     """
     with _plainly(debug):
@@ -218,10 +235,13 @@ def predict(
     """Find objects in pictures: draws them, and writes predictions.json in COCO's result format.
 
     Examples:
-      distillkit predict my.yaml photo.jpg --weights runs/my/distilled/best.safetensors
+      distillkit predict my.yaml photo.jpg --weights distilled
       distillkit predict my.yaml photos/ --weights best.safetensors --out found --set evaluate.score=0.3
     """
     with _plainly(debug):
+        for path in images:
+            if "=" in path.name and not path.exists():
+                raise recipes.RecipeError([f"{path}: no such picture; to change the recipe, write --set {path}"])
         loaded = _load(recipe, changes, imports)
         from distillkit.training.predict import predict as find
 
@@ -244,7 +264,7 @@ def export(
     """Write the student for use elsewhere, and compare what was written with the student itself.
 
     Examples:
-      distillkit export my.yaml --weights runs/my/distilled/best.safetensors --format safetensors,onnx
+      distillkit export my.yaml --weights distilled --format safetensors,onnx
     """
     with _plainly(debug):
         loaded = _load(recipe, overrides, imports)
@@ -355,9 +375,9 @@ def _adapters() -> Iterator[tuple[str, str]]:
 
 
 _LISTS: dict[Listed, Callable[[], Iterable[tuple[str, str]]]] = {
-    Listed.distillers: lambda: _kinds(recipes.Distiller, plugins.names("distiller")),
-    Listed.models: lambda: _kinds(recipes.Model, plugins.names("model")),
-    Listed.data: lambda: _kinds(recipes.Data, plugins.names("data")),
+    Listed.distillers: lambda: _kinds(schemas.Distiller, plugins.names("distiller")),
+    Listed.models: lambda: _kinds(schemas.Model, plugins.names("model")),
+    Listed.data: lambda: _kinds(schemas.Data, plugins.names("data")),
     Listed.recipes: _bundled,
     Listed.adapters: _adapters,
 }

@@ -13,7 +13,8 @@ or in its pyproject.toml:
 
 The groups are distillkit.models, distillkit.distillers and distillkit.data. What a builder is called with:
 
-    model      builder(classes=number of classes, **options) -> nn.Module
+    model      builder(classes=number of classes, **options) -> nn.Module, or (nn.Module, Adapter): the adapter says
+               where the views are that distillers read, e.g. distillkit.DistributionHead(...) for LD
     distiller  builder(**options) -> distillkit.Distiller
     data       builder(split="train"|"val"|"test", transform=..., seed=..., **options) -> a data set like CocoDetection
 """
@@ -24,6 +25,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Literal
 
 from distillkit.explain import nearest
@@ -46,7 +48,11 @@ class PluginError(ValueError):
 
 
 def register_model(name: str, builder: Builder) -> None:
-    """Make `builder(classes=..., **options) -> nn.Module` known as `kind: custom, name: NAME` of a recipe's models."""
+    """Make `builder(classes=..., **options)` known as `kind: custom, name: NAME` of a recipe's models.
+
+    The builder returns the model, or (model, adapter) where distillers read what only an adapter finds: for `LD`, say,
+    `return model, distillkit.DistributionHead(...)`. It builds teachers as well as students.
+    """
     _register("model", name, builder)
 
 
@@ -84,6 +90,8 @@ def import_packages(names: Iterable[str]) -> None:
         except ModuleNotFoundError as error:
             itself = error.name in (name, name.partition(".")[0])
             what = "no such package here or among the installed" if itself else f"it needs {error.name!r}: install it"
+            if itself and name.endswith(".py"):
+                what = f"name the module, not its file: --import {Path(name).stem}"
             raise PluginError(f"--import {name}: {what}") from error
         except Exception as error:
             raise PluginError(f"--import {name}: fails with {type(error).__name__}: {error}") from error

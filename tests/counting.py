@@ -4,8 +4,9 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -19,7 +20,12 @@ SYNCS = {
     "aten.masked_select.default",
     "aten.unique_consecutive.default",
     "aten._unique2.default",
+    "aten.unique_dim.default",
+    "aten.is_nonzero.default",
+    "torchvision.nms.default",
 }
+#: methods that read a tensor on the host, which on the CPU are no operation
+READS = ("tolist", "cpu", "numpy")
 
 
 class Dispatched(TorchDispatchMode):
@@ -29,6 +35,26 @@ class Dispatched(TorchDispatchMode):
         super().__init__()
         self.operations: Counter[str] = Counter()
         self.syncs: Counter[str] = Counter()
+
+    def __enter__(self) -> "Dispatched":
+        self._patches = ExitStack()
+        for name in READS:
+            self._patches.enter_context(patch.object(torch.Tensor, name, self._counted(name)))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patches.close()
+
+    def _counted(self, name: str) -> Callable[..., Any]:
+        real = getattr(torch.Tensor, name)
+
+        def read(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.syncs[f"Tensor.{name}"] += 1
+            return real(tensor, *args, **kwargs)
+
+        return read
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)

@@ -93,6 +93,59 @@ def test_a_wrong_centre_is_found_out_and_the_right_one_named():
         model(*scene())
 
 
+ALL_STRIDES = (8, 16, 32, 64, 128)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("wrong", "word"), [({"edges": "head.gfl_reg"}, "gfl_reg"), ({"centre": 0.5}, "centre=0.0")])
+def test_bfloat16_hides_nothing(weights, wrong, word):
+    """Coarse levels have bins of 128 pixels: a tolerance in strides would let everything pass."""
+    paths = {**GFL_HEAD, "strides": ALL_STRIDES}
+    student = detector(strides=ALL_STRIDES).to(weights)
+    for scale in student.head.scales:
+        nn.init.constant_(scale.scale, 1.25)
+    head = DistributionHead(**{**paths, **wrong})
+    model = distillkit.wrap(student, detector(strides=ALL_STRIDES), [LD()], adapter=head)
+    images = [torch.rand(3, 256, 256, generator=torch.Generator().manual_seed(1))]
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(AdapterError, match=rf"student: .*boxes.*{word}"):
+        model(images, scene()[1][:1])
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quality", [False, True])
+def test_the_proof_holds_in_bfloat16(weights, quality):
+    student = detector(strides=ALL_STRIDES, quality=quality).to(weights)
+    model = distillkit.wrap(student, detector(strides=ALL_STRIDES), [LD()])
+    with torch.autocast("cpu", torch.bfloat16):
+        model([torch.rand(3, 256, 256)], scene()[1][:1])
+    assert not model._student_side.unproven
+
+
+def test_class_logits_that_are_none_are_found_out():
+    head = DistributionHead(**{**GFL_HEAD, "classes": "head.cls_convs.0.conv"})
+    model = distillkit.wrap(detector(), detector(), [LD()], adapter=head)
+    with pytest.raises(
+        AdapterError, match=r"student: the tapped class logits do not explain.*head\.cls_convs\.0\.conv"
+    ):
+        model(*scene())
+
+
+def test_fewer_class_channels_than_labels_are_found_out():
+    head = DistributionHead(**{**GFL_HEAD, "classes": "head.gfl_cls[1:]"})
+    model = distillkit.wrap(detector(), detector(), [LD()], adapter=head)
+    with pytest.raises(AdapterError, match=r"label 2 in picture 0.*gfl_cls\[1:\] has 2 classes"):
+        model(*scene())
+
+
+def test_a_score_with_a_quality_needs_the_views_scores():
+    """GFLv2 read as though it were GFL: its scores are not the sigmoid of its class logits."""
+    model = distillkit.wrap(
+        detector(quality=True), detector(quality=True), [LD()], adapter=DistributionHead(**GFL_HEAD)
+    )
+    with pytest.raises(AdapterError, match=r"do not explain the detector's own scores.*the view's scores="):
+        model(*scene())
+
+
 def test_a_model_that_predicts_nothing_yet_is_proven_later():
     student = detector(sure=False)
     model = distillkit.wrap(student, detector(), [LD()])
@@ -141,6 +194,34 @@ def test_wrong_names_and_numbers(change, message):
         distillkit.wrap(detector(), detector(), [LD()], adapter=DistributionHead(**{**GFL_HEAD, **change}))(*scene())
 
 
+def test_strides_are_one_a_level():
+    with pytest.raises(ValueError, match=r"strides must be one number a level, .*got 8"):
+        DistributionHead(**{**GFL_HEAD, "strides": 8})
+
+
+def test_several_anchors_a_cell_are_refused_in_words_that_help():
+    """Half as many bins look like two anchors a cell."""
+    with pytest.raises(ViewError, match=r"32 channels, 2 anchors a cell of 4 edges x 4 bins.*DenseDetections\.anchors"):
+        distillkit.wrap(detector(), detector(), [LD()], adapter=DistributionHead(**{**GFL_HEAD, "bins": 4}))(*scene())
+
+
+def test_a_channel_range_of_features_has_its_own_width():
+    paths = ("head.gfl_reg[:12]", "head.gfl_reg[4:][:-2]", "head.gfl_reg")
+    assert DistributionHead(**GFL_HEAD).widths(detector(), distillkit.Features, paths) == [12, 26, 32]
+    student, teacher = (nn.Sequential(nn.Conv2d(3, 8, 1)) for _ in range(2))
+    imitation = FeatureImitation(student_at="0[:5]", teacher_at="0[2:]")
+    model = distillkit.wrap(student, teacher, [imitation], criterion=lambda output, targets: output.mean())
+    assert [p.weight.shape for p in imitation.projections] == [(6, 5)]
+    model(torch.rand(1, 3, 4, 4), None).total.backward()
+    assert imitation.projections[0].weight.grad.any()
+
+
+def test_features_without_a_place_name_the_argument_of_either_side():
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1))
+    with pytest.raises(ViewError, match=r"teacher_at='layer4' for a teacher"):
+        distillkit.wrap(plain, nn.Sequential(nn.Conv2d(3, 4, 1)), [FeatureImitation(student_at="0")])
+
+
 def test_different_bins_and_classes_are_named():
     with pytest.raises(ViewError, match=r"^distiller 'ld_main': the student has 8 bins an edge, the teacher 6"):
         distillkit.wrap(detector(), detector(bins=6), [LD()])(*scene())
@@ -174,6 +255,14 @@ def test_bad_targets():
     model = distillkit.wrap(detector(), detector(), [LD()])
     with pytest.raises(ValueError, match=r"target 0: .*boxes"):
         model(scene()[0], [{"labels": torch.tensor([1])}, {}])
+
+
+@pytest.mark.parametrize("box", [[8.0, 8, 8, 50], [8, 50, 40, 8], [8, 8, torch.inf, 50], [torch.nan, 8, 40, 50]])
+def test_boxes_without_area_are_refused_before_any_distiller(box):
+    """Also for a student that does not look at its targets."""
+    rows = [{"boxes": torch.tensor([[8.0, 8, 40, 50], box]), "labels": torch.tensor([0, 1])}]
+    with pytest.raises(ValueError, match=r"target 0: box 1 is \["):
+        DistributionHead(**GFL_HEAD).targets((scene()[0][:1], rows), {}, None)
 
 
 def test_only_features_read_the_teachers_head_does_not_run():

@@ -1,25 +1,31 @@
 """The command line: what is imported when, exit codes, messages; and every verb on a recipe of seconds."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import distillkit
 from distillkit import cli, plugins
 from distillkit.core.errors import NonFiniteLossError
+from distillkit.recipe import load, train_of
+from distillkit.training import build, metrics
 from distillkit.training import run as training_run
 from distillkit.training.check import Finding
+from distillkit.training.export import _largest, _safetensors
 
 TINY = """\
 data: {kind: scenes, train: 4, val: 2, test: 2, size: 96, batch: 2, workers: 0}
-teacher: {kind: gfl, backbone: lcnet_035, channels: 16, convs: 1, strides: [8, 16], bins: 9, train: {}}
-student: {kind: gfl, backbone: lcnet_035, channels: 16, convs: 1, strides: [8, 16], bins: 9}
+teacher: {kind: gfl, backbone: lcnet_035, channels: 16, convs: 1, strides: [8, 16, 32], bins: 9, train: {}}
+student: {kind: gfl, backbone: lcnet_035, channels: 16, convs: 1, strides: [8, 16, 32], bins: 9}
 distillers:
   - {kind: ld, region: main+valuable}
 train: {epochs: 1, optimizer: {kind: sgd, lr: 1e-3}, schedule: {kind: constant, warmup: 0}}
@@ -169,6 +175,22 @@ def test_imported_packages(tiny):
     assert call("run", tiny, "--import", "gone").exit_code == 2
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_imports_packages(tiny, verb):
+    words = {"list": [], "predict": [tiny, "white.png"]}.get(verb, [tiny])
+    Path("my_package.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
+    call(verb, *words, "--import", "my_package", "--import", "gone")
+    assert Path("imported").exists()
+    result = call(verb, *words, "--import", "gone")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "--import gone: no such package here or among the installed\n",
+    )
+    result = call(verb, *words, "--import", "my_package.py")
+    assert result.stderr == "--import my_package.py: name the module, not its file: --import my_package\n"
+    sys.modules.pop("my_package")
+
+
 def test_builders_are_found_by_name():
     plugins.register_model("net", lambda classes, width=1: (classes, width))
     assert plugins.build("model", "net", classes=3, width=2) == (3, 2)
@@ -222,6 +244,32 @@ def test_check_goes_on_after_an_error(tiny):
     assert "error compare.0 (student): RuntimeError: out of order" in result.stdout
 
 
+BUILDER = """\
+import distillkit
+from distillkit.models.gfl import GFL
+def build(classes):
+    model = GFL(classes, "lcnet_035", strides=(8, 16, 32), channels=16, convs=1, groups=8, bins=9)
+    return RESULT
+distillkit.register_model("theirs", build)
+"""
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ("__import__('torch').nn.Sequential(model)", "let its registered builder return (model, adapter)"),
+        ("model, 3", "the builder of model 'theirs': expected it to return model or (model, adapter), got (GFL, int)"),
+        ("classes", "expected it to return model or (model, adapter), got int"),
+    ],
+)
+def test_a_detector_without_an_adapter_is_told_how_to_bring_it(tiny, monkeypatch, result, said):
+    monkeypatch.delitem(sys.modules, "their_detector", raising=False)
+    Path("their_detector.py").write_text(BUILDER.replace("RESULT", result))
+    result = call("check", tiny, "student={kind: custom, name: theirs}", "--import", "their_detector")
+    assert result.exit_code == 1
+    assert said in result.stdout
+
+
 def test_check_names_broken_data(tiny):
     Path("set/images").mkdir(parents=True)
     Image.new("RGB", (32, 32)).save("set/images/a.png")
@@ -249,9 +297,13 @@ def test_check_exits_0_with_warnings_and_1_with_errors(tiny, monkeypatch):
 
 
 def test_from_a_run_to_its_exports(tiny):
+    Path(tiny).write_text(TINY + "compare: [student, distilled, {row: wide, student: {channels: 24}}]\n")
     result = call("run", tiny, "--out", "there")
     assert result.exit_code == 0, result.output
     weights = "there/tiny/distilled/final.safetensors"
+    for row in ("student", "distilled", "wide"):
+        losses = [r["losses"] for r in metrics.read(Path("there/tiny") / row / "metrics.jsonl") if r["kind"] == "train"]
+        assert all(step["loss_bbox"] > 0 for step in losses)
     assert json.loads(Path("there/tiny/table.json").read_text())[0]["row"] == "teacher"
 
     again = call("run", tiny, "--out", "there")
@@ -264,6 +316,9 @@ def test_from_a_run_to_its_exports(tiny):
     assert " ".join(line[0] for line in lines[-12:]) == "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl"
     assert lines[0] == ["class", "AP", "AP50", "AP75", "boxes"]
     assert call("eval", tiny, "--model", "gone.safetensors").exit_code == 2
+    assert call("eval", tiny, "output=there", "--model", "distilled", "--split", "test").stdout == scores.stdout
+    for row in ("student", "distilled", "wide"):
+        assert call("eval", tiny, "output=there", "--model", row).exit_code == 0
 
     Image.new("RGB", (50, 40), "white").save("white.png")
     found = call("predict", tiny, "white.png", "--weights", weights, "--out", "found", "--set", "evaluate.score=0")
@@ -275,4 +330,71 @@ def test_from_a_run_to_its_exports(tiny):
     written = call("export", tiny, "--weights", weights, "--out", "files", "--format", "safetensors")
     assert written.exit_code == 0, written.output
     assert "safetensors: largest difference to the student 0" in written.stdout
+    wide = call("export", tiny, "output=there", "--weights", "wide", "--out", "wide")
+    assert wide.exit_code == 0, wide.output
+    there = load_file("there/tiny/wide/final.safetensors")
+    assert all(torch.equal(there[name], value) for name, value in load_file("wide/student.safetensors").items())
+    refused = call("eval", tiny, "output=there", "train.epochs=2")  # nothing named: random weights
+    assert refused.exit_code == 2
+    assert weights in refused.stderr
     assert call("export", tiny, "--format", "pickle").exit_code == 2
+
+
+@pytest.mark.parametrize("words", [["eval"], ["predict", "white.png"], ["export"]])
+@pytest.mark.parametrize("name", [[], ["student"], ["gone"]])
+def test_random_weights_are_not_taken_for_a_model(tiny, words, name):
+    """Nothing is named; a row that was not trained; neither a row nor a file."""
+    Image.new("RGB", (50, 40), "white").save("white.png")
+    verb, *rest = words
+    option = [f"--{'model' if verb == 'eval' else 'weights'}", *name] if name else []
+    result = call(verb, tiny, *rest, *option)
+    assert result.exit_code == 2
+    wanted = {
+        "": "the student of 'tiny' comes with random weights: name a row of the recipe ('student', 'distilled')",
+        "student": "runs/tiny/student/final.safetensors does not exist",
+        "gone": "gone: neither a file with weights of the student, nor one of teacher, student, distilled",
+    }
+    assert wanted["".join(name)] in result.stderr
+
+
+def test_the_classes_of_coco_need_no_picture(tiny):
+    """predict and export on a machine that has the annotations only."""
+    Path("set").mkdir()
+    picture = {"id": 1, "file_name": "gone.png", "height": 32, "width": 32}
+    categories = [{"id": 9, "name": "cell"}, {"id": 4, "name": "blob"}]
+    Path("set/val.json").write_text(json.dumps({"images": [picture], "annotations": [], "categories": categories}))
+    data = "data={kind: coco, root: set, train: train.json, val: val.json, size: 64, workers: 0}"
+    recipe = load(tiny, [data])
+    assert build.build_classes(recipe) == (["blob", "cell"], [4, 9])
+    save_file(build.build_model(recipe.student, 2, recipe.evaluate).state_dict(), "student.safetensors")
+    Image.new("RGB", (50, 40), "white").save("white.png")
+    shown = ["--weights", "student.safetensors", "--set", data, "--set", "evaluate.score=0"]
+    assert call("predict", tiny, "white.png", *shown).exit_code == 0
+    assert {row["category"] for row in json.loads(Path("predictions/predictions.json").read_text())} <= {"blob", "cell"}
+    assert call("export", tiny, data, "--weights", "student.safetensors").exit_code == 0
+    Path("set/val.json").unlink()
+    result = call("export", tiny, data, "--weights", "student.safetensors")
+    assert (result.exit_code, "set/val.json: no such file" in result.stderr) == (2, True)
+
+
+def test_a_change_of_the_recipe_among_the_pictures(tiny):
+    result = call("predict", tiny, "white.png", "evaluate.score=0.3")
+    assert result.exit_code == 2
+    assert "evaluate.score=0.3: no such picture; to change the recipe, write --set evaluate.score=0.3" in result.stderr
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_not_a_number_in_an_export_is_the_largest_difference(tmp_path, place):
+    good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    got = [bad if i == place else good for i in range(2)]
+    assert math.isnan(_largest(got, [good, good]))
+    student = torch.nn.BatchNorm1d(3)
+    list(student.parameters())[place].data[1] = float("nan")
+    assert math.isnan(_safetensors(student, tmp_path / "s.safetensors"))
+
+
+def test_schedules_of_a_row_count_the_training_calls_of_that_row(tiny):
+    recipe = load(tiny, ["distillers.0.weight={value: 1, kind: warmup, steps: 10}"])
+    train = train_of(recipe, {"accumulate": 4})
+    (distiller,) = build.build_distillers(recipe, "all", 10, train)
+    assert distiller.weight.steps == 40

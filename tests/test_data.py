@@ -67,6 +67,7 @@ def test_crowds_stay_in_the_ground_truth(tmp_path):
     truth = CocoDetection(coco_folder(tmp_path), "train.json").to_coco_json()
     assert [a["iscrowd"] for a in truth["annotations"] if a["image_id"] == 100] == [0, 1]
     assert truth["annotations"][0]["area"] == 240
+    assert CocoDetection(tmp_path, "train.json").usable_boxes == 6
 
 
 def test_exif_rotation_is_not_applied(tmp_path):

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import nms
 
 from distillkit.boxes.fcos import FCOSMain, FCOSValuable
@@ -22,6 +21,7 @@ from distillkit.distillers.feature_imitation import FeatureImitation, best_apart
 from distillkit.distillers.ld import LD
 from distillkit.distillers.logit_kd import LogitKD
 from distillkit.distillers.self_ld import SelfLD
+from tests.counting import Dispatched
 from tests.ranks import on_two_ranks
 
 STRIDES, SIZES, PICTURE = (8, 16, 32), ((8, 10), (4, 5), (2, 3)), (64, 80)
@@ -66,6 +66,8 @@ def dense_distillers(**options: Any) -> dict[str, Any]:
     made: dict[str, Any] = {f"ld {name}": LD(region, **options) for name, region in REGIONS.items()}
     made |= {f"kd {name}": LogitKD(region, **options) for name, region in REGIONS.items()}
     made["kd sigmoid"] = LogitKD(Main(), protocol="sigmoid", **options)
+    default = options | {"convention": "default"}  # the release has its own sum
+    made |= {f"ld by {n}": LD(Main(), normalize=n, **default) for n in ("weight_sum", "num_pos")}
     return made
 
 
@@ -79,7 +81,7 @@ def views_for(distiller: Any, seed: int, grad: bool = False) -> Any:
 
 def leaves(view: Any) -> list[Tensor]:
     parts = view if isinstance(view, tuple) else (view,)
-    return [t for part in parts for t in part.tensors()]
+    return [t for p in parts for t in (p.maps if isinstance(p, Features) else (*p.classes.levels, *p.edges.levels))]
 
 
 ALL = list(dense_distillers()) + list(imitations())
@@ -112,6 +114,65 @@ def test_ld_equals_the_release_at_its_three_images(region: str) -> None:
     default = LD(REGIONS[region])(student, teacher, targets(BOXES[:3]))
     release = LD(REGIONS[region], convention="release")(student, teacher, targets(BOXES[:3]))
     assert default.item() == pytest.approx(release.item(), rel=1e-6)
+
+
+def test_the_sum_over_bins_is_the_mean_times_their_number() -> None:
+    student, teacher = detections(0, bins=9), detections(1, bins=9)
+    for convention in ("default", "release"):
+        mean = LD(Main(), convention=convention)(student, teacher, targets())
+        total = LD(Main(), convention=convention, bin_reduction="sum")(student, teacher, targets())
+        assert total.item() == pytest.approx(9 * mean.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("region", ["main", "valuable", "fcos"])
+def test_each_normalization_divides_the_same_sum(region: str, dense: bool) -> None:
+    student, teacher, t = detections(0), detections(1), targets()
+    _, weight = REGIONS[region](student, t, dense=True)
+    divisors = {"images": 4 / 3, "weight_sum": weight.sum().item(), "num_pos": (weight > 0).sum().item(), "none": 1.0}
+    loss = {n: LD(REGIONS[region], normalize=n, dense=dense)(student, teacher, t).item() for n in divisors}
+    for name, divisor in divisors.items():
+        assert loss[name] * divisor == pytest.approx(loss["none"], rel=1e-5), name
+    assert len({round(value, 6) for value in loss.values()}) == 4
+    release = LD(REGIONS[region], convention="release", dense=dense)(student, teacher, t)
+    assert loss["none"] == pytest.approx(release.item(), rel=1e-6)
+
+
+def test_a_weighted_mean_of_equal_rows_is_one_row() -> None:
+    """Every anchor has the same student and teacher, so the mean is the divergence of that one pair."""
+    student, teacher = detections(0), detections(1)
+    one, other = torch.randn(9, generator=torch.Generator().manual_seed(3)), torch.zeros(9)
+    for view, row in ((student, one), (teacher, other)):
+        for m in view.edges.levels:
+            m.data = row.repeat(4)[None, :, None, None].expand_as(m).clone()
+    row = 16 * F.kl_div((one / 4).log_softmax(0), (other / 4).softmax(0), reduction="sum").item()
+    for normalize in ("weight_sum", "num_pos"):
+        options = {"anchor_weight": "one", "bin_reduction": "sum", "normalize": normalize}
+        assert LD(Main(), 4.0, **options)(student, teacher, targets()).item() == pytest.approx(row, rel=1e-5)
+
+
+def test_a_region_of_ones_own_has_the_share_it_says() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Mine:
+        share: float
+        name: str = "mine"
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return Valuable()(*args, **kwargs)
+
+    class Without:
+        name = "valuable"  # a word decides nothing
+        __call__ = Mine.__call__
+
+    student, teacher = detections(0), detections(1)
+    loss = {region: LD(region)(student, teacher, targets()).item() for region in (Mine(0.25), Mine(0.5), Without())}
+    assert LD(Mine(0.5)).name == "ld_mine"
+    quarter, half, whole = loss.values()
+    assert quarter == pytest.approx(LD(Valuable())(student, teacher, targets()).item(), rel=1e-6)
+    assert (half, whole) == (pytest.approx(2 * quarter, rel=1e-6), pytest.approx(4 * quarter, rel=1e-6))
+    both = MainAndValuable(valuable=Valuable(share=0.5))
+    apart = LD(Main())(student, teacher, targets()).item() + half
+    assert LD(both)(student, teacher, targets()).item() == pytest.approx(apart, rel=1e-6)
 
 
 def test_both_regions_at_once_are_their_sum() -> None:
@@ -317,19 +378,6 @@ def _cast(view: Any, dtype: torch.dtype) -> Any:
     return DenseDetections(cast[0], cast[1], STRIDES)
 
 
-class NoSync(TorchDispatchMode):
-    """Fails at any operation that would make the host wait for an accelerator."""
-
-    WAITING = ("nonzero", "_local_scalar_dense", "masked_select", "unique", "nms", "is_nonzero", "equal")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in self.WAITING, f"{name} waits for the device"
-        if name in ("index", "index_put", "index_put_"):
-            assert all(i is None or i.dtype != torch.bool for i in args[1]), "indexing by a mask waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("convention", ["default", "release"])
 @pytest.mark.parametrize("name", ALL)
 def test_the_dense_path_never_waits_for_the_device(name: str, convention: str) -> None:
@@ -339,13 +387,15 @@ def test_the_dense_path_never_waits_for_the_device(name: str, convention: str) -
         else make(name, dense=True, convention=convention)
     )
     student, teacher = views_for(distiller, 0, grad=True), views_for(distiller, 1)
-    with NoSync():
+    with Dispatched() as counted:
         distiller(student, teacher, targets()).backward()
+    assert not counted.syncs
 
 
-def test_the_check_for_waiting_can_fail() -> None:
-    with pytest.raises(AssertionError, match="waits for the device"), NoSync():
+def test_the_gathering_path_waits() -> None:
+    with Dispatched() as counted:
         LD(Main(), dense=False)(detections(0, grad=True), detections(1), targets())
+    assert counted.syncs
 
 
 # ---- several ranks
@@ -465,6 +515,26 @@ def test_sides_that_do_not_match_are_named(distiller: Any, student: Any, teacher
         assert word in str(error.value)
 
 
+def test_bins_of_other_values_are_named() -> None:
+    """Nine bins on both sides, but the teacher's are two strides apart: equal logits are not equal boxes."""
+    student = detections(0)
+    wide = dataclasses.replace(detections(1), support=torch.arange(9.0) * 2)
+    for mine, theirs in ((student, wide), (wide, student)):
+        with pytest.raises(ValueError, match=r"bins stand at \[0, [12], .*\] strides, the teacher.s at \[0, [12], "):
+            LD()(mine, theirs, targets())
+    spelled_out = dataclasses.replace(detections(1), support=torch.arange(9.0))
+    assert LD()(student, spelled_out, targets()) == LD()(student, detections(1), targets())
+    LD()(wide, dataclasses.replace(detections(1), support=torch.arange(0.0, 18, 2)), targets())
+
+
+def test_the_values_of_bins_are_looked_at_once() -> None:
+    student, teacher = (dataclasses.replace(detections(i), support=torch.arange(9.0)) for i in range(2))
+    LD(dense=True)(student, teacher, targets())
+    with Dispatched() as counted:
+        LD(dense=True)(student, teacher, targets())
+    assert not counted.syncs
+
+
 def test_levels_of_other_sizes_are_named() -> None:
     teacher = detections(1)
     smaller = [Maps(tuple(m[..., 1:] for m in maps.levels), maps.shape) for maps in (teacher.classes, teacher.edges)]
@@ -490,6 +560,16 @@ def test_overlap_cannot_weigh_points_without_anchors() -> None:
     [
         (LD, {"temperature": 0.5}, "temperature"),
         (LD, {"convention": "paper"}, "'paper'"),
+        (LD, {"region": "main"}, r"region must be a region object such as Main\(\), got 'main'"),
+        (LD, {"region": Main}, "region must be a region object"),
+        (SelfLD, {"region": "main"}, "region must be a region object"),
+        (LD, {"anchor_weight": "iuo"}, "anchor_weight must be .*'iuo'"),
+        (LD, {"bin_reduction": "max"}, "'max'"),
+        (LD, {"normalize": "batch"}, "'weight_sum', 'num_pos', 'none', got 'batch'"),
+        (LD, {"normalize": "none", "convention": "release"}, "leave out normalize='none'"),
+        (LogitKD, {"region": "main"}, "region must be a region object"),
+        (LogitKD, {"region": Main}, "region must be a region object"),
+        (LogitKD, {"region": Main(), "anchor_weight": "iuo"}, "'iuo'"),
         (LogitKD, {"temperature": 0.0}, "temperature"),
         (LogitKD, {"protocol": "tanh"}, "'tanh'"),
         (LogitKD, {"convention": "release"}, "give a region"),

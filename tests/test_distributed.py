@@ -1,5 +1,9 @@
-"""Two gloo ranks give the losses and gradients of one process; an image repeated in a batch gives those of one."""
+"""Two gloo ranks give the losses and gradients of one process; an image repeated in a batch gives those of one.
 
+BatchNorm is frozen in all of them. With ``nn.SyncBatchNorm`` nothing can be run here: torch refuses it on a CPU.
+"""
+
+import os
 from dataclasses import replace
 
 import pytest
@@ -8,13 +12,16 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import distillkit
-from distillkit import LD, FeatureImitation, LogitKD, Main, Teacher, Valuable
+from distillkit import LD, EMATeacher, FeatureImitation, LogitKD, Main, SelfLD, Teacher, Valuable
+from distillkit.core.errors import WrapError
 from distillkit.core.wrap import DistilledModel
 from tests.ranks import RANKS, on_two_ranks
 from tests.test_adapters import detector, scene
-from tests.tiny import Net, batch
+from tests.tiny import MSE, Net, batch
 
 IMAGES = 8
+DATA = os.environ.get("DISTILLKIT_DATA")
+needs_nanodet = pytest.mark.skipif(not DATA, reason="set DISTILLKIT_DATA to the folder that holds weights_nanodet")
 
 
 def make() -> DistilledModel:
@@ -61,15 +68,18 @@ def ddp(rank: int) -> dict:
     return results(model, losses)
 
 
-def fsdp(rank: int) -> dict:
+def shard(*modules: nn.Module) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = make()
     mesh = init_device_mesh("cpu", (RANKS,))
-    for block in model.student.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for module in modules:
+        fully_shard(module, mesh=mesh)
+
+
+def fsdp(rank: int) -> dict:
+    model = make()
+    shard(*model.student.blocks, model)
     losses = model(*mine(rank))
     losses.total.backward()
     return results(model, losses, full=lambda t: t.full_tensor())
@@ -87,7 +97,16 @@ def check_same(ranks: list[dict], alone: dict) -> None:
 
 def on_a_rank(rank: int) -> dict:
     """Everything that is asked of two ranks, as starting them is what takes the time."""
-    return {"ddp": ddp(rank), "fsdp": fsdp(rank), "detectors": detectors_ddp(rank), "unproven": unproven(rank)}
+    return {
+        "ddp": ddp(rank),
+        "fsdp": fsdp(rank),
+        "detectors": detectors_ddp(rank),
+        "detectors_fsdp": detectors_fsdp(rank),
+        "self_taught": self_taught_ddp(rank),
+        "sharded_averages": sharded_averages(),
+        "unproven": unproven(rank),
+        "nanodets": nanodets_ddp(rank) if DATA else {},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +169,121 @@ def test_detectors_on_two_ranks(ranks: list[dict]):
     losses = model(*scenes())
     losses.total.backward()
     check_same([r["detectors"] for r in ranks], results(model, losses))
+
+
+def detectors_fsdp(rank: int) -> dict:
+    images, targets = scenes()
+    model = detectors()
+    shard(model.student.backbone, model.student.head, model)
+    losses = model(images[[rank]], [targets[rank]])
+    losses.total.backward()
+    return results(model, losses, full=lambda t: t.full_tensor())
+
+
+def test_sharded_detectors_on_two_ranks(ranks: list[dict]):
+    model = detectors()
+    losses = model(*scenes())
+    losses.total.backward()
+    check_same([r["detectors_fsdp"] for r in ranks], results(model, losses))
+
+
+# ---- a running average as teacher
+
+
+def self_taught() -> DistilledModel:
+    student = detector(sure=False, freeze_bn=True)
+    return distillkit.wrap(student, None, [SelfLD(temperature=1.0, decay=0.5)]).double()
+
+
+def two_steps(model: DistilledModel, called: nn.Module, *batch: object) -> dict:
+    """In the first the average is the student itself, and its loss 0."""
+    called(*batch).total.backward()
+    torch.optim.SGD(model.student.parameters(), lr=0.5).step()
+    model.zero_grad()
+    losses = called(*batch)
+    losses.total.backward()
+    return {**results(model, losses), "average": dict(model.averages.named_parameters())}
+
+
+def self_taught_ddp(rank: int) -> dict:
+    images, targets = scenes()
+    model = self_taught()
+    return two_steps(model, nn.parallel.DistributedDataParallel(model), images[[rank]], [targets[rank]])
+
+
+def test_a_running_average_on_two_ranks(ranks: list[dict]):
+    model = self_taught()
+    start = {name: average.clone() for name, average in model.averages.named_parameters()}
+    alone = two_steps(model, model, *scenes())
+    assert alone["losses"]["self_ld_main"] > 0
+    check_same([r["self_taught"] for r in ranks], alone)
+    assert any(not torch.equal(start[name], average) for name, average in alone["average"].items())
+    for r in ranks:
+        torch.testing.assert_close(r["self_taught"]["average"], alone["average"], rtol=1e-9, atol=1e-12)
+
+
+def sharded_averages() -> list[str]:
+    """What a wrapper says whose student, or which itself, is sharded."""
+    said = []
+    for whole in (False, True):
+        model = distillkit.wrap(Net(), EMATeacher(0.9), [MSE("stem")], criterion=cross_entropy)
+        shard(model if whole else model.student)
+        try:
+            model(*batch(IMAGES))
+        except WrapError as error:
+            said.append(str(error))
+    return said
+
+
+def test_a_running_average_of_a_sharded_student_is_refused(ranks: list[dict]):
+    for r in ranks:
+        assert ["EMA teacher" in said and "DistributedDataParallel" in said for said in r["sharded_averages"]] == [
+            True
+        ] * 2
+
+
+# ---- trained detectors
+
+
+def nanodets() -> DistilledModel:
+    from distillkit.models.nanodet import nanodet
+
+    teacher = Teacher(nanodet("nanodet-plus-m_320"), dtype=torch.float64)
+    return distillkit.wrap(nanodet("nanodet-m"), teacher, [LD(Main()), LD(Valuable()), LogitKD(Main())]).double()
+
+
+NANODET_LOSSES = ["loss_cls", "loss_bbox", "loss_dfl", "ld_main", "ld_valuable", "kd_main"]
+
+
+@needs_nanodet
+def test_an_image_that_stands_in_the_batch_several_times_changes_no_loss_of_nanodet():
+    (image, _), (target, _) = scenes()
+    once = nanodets()(image[None], [target])
+    again = nanodets()(image.expand(4, -1, -1, -1), [target] * 4)
+    assert list(once) == [*NANODET_LOSSES, "output"]
+    for name in NANODET_LOSSES:
+        assert once[name] > 0
+        torch.testing.assert_close(again[name], once[name], rtol=1e-5, atol=0, msg=name)
+
+
+def nanodets_ddp(rank: int) -> dict:
+    images, targets = scenes()
+    model = nanodets()
+    parallel = nn.parallel.DistributedDataParallel(model)  # kept: thrown away, it would not reduce
+    losses = parallel(images[[rank]], [targets[rank]])
+    losses.total.backward()
+    return results(model, losses)
+
+
+@needs_nanodet
+def test_nanodet_on_two_ranks(ranks: list[dict]):
+    model = nanodets()
+    losses = model(*scenes())
+    losses.total.backward()
+    check_same([r["nanodets"] for r in ranks], results(model, losses))
+
+
+# ---- the proof
 
 
 def unproven(rank: int) -> list[bool]:

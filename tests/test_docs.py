@@ -4,6 +4,7 @@ import os
 import re
 import runpy
 import socket
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from PIL import Image
+from typer.testing import CliRunner
 
+from distillkit import cli, plugins
 from distillkit.recipe import load
+from distillkit.training.metrics import read
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,7 +35,7 @@ def params(pages: list[Path]) -> list:
 
 
 def pages_with(language: str, needs_weights: bool = False) -> list:
-    """All but recipes.md: tests/test_recipe.py holds its recipes, and its Python is the outline of a package."""
+    """All but recipes.md: its recipes are held by tests/test_recipe.py, and its package by a test of its own."""
     return params([p for p in PAGES if p.name != "recipes.md" and blocks(p, language, needs_weights)])
 
 
@@ -75,6 +80,29 @@ def test_recipes_of_a_page_are_right(page, tmp_path):
         file = tmp_path / f"block{number}.yaml"
         file.write_text(block)
         load(file)
+
+
+def test_the_package_of_the_recipes_page_runs_from_start_to_end(alone, monkeypatch):
+    """A detector and a data set of one's own, with LD, as the page has them; then the verbs on what the run left."""
+    monkeypatch.setattr(plugins, "_registered", {"model": {}, "distiller": {}, "data": {}})
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    page = ROOT / "docs" / "recipes.md"
+    (package,) = blocks(page, "python")
+    Path("my_package.py").write_text(package, encoding="utf-8")
+    Path("own.yaml").write_text(blocks(page, "yaml")[-1], encoding="utf-8")
+    Image.new("RGB", (50, 40), "white").save("white.png")
+    for words in (
+        ["check", "own.yaml"],
+        ["run", "own.yaml"],
+        ["eval", "own.yaml", "--model", "distilled", "--split", "test"],
+        ["predict", "own.yaml", "white.png", "--weights", "distilled"],
+        ["export", "own.yaml", "--weights", "distilled"],
+    ):
+        done = CliRunner().invoke(cli.app, [*words, "--import", "my_package"])
+        assert done.exit_code == 0, done.output
+    losses = [row["losses"] for row in read(Path("runs/own/distilled/metrics.jsonl")) if row["kind"] == "train"]
+    assert all(step["ld"] > 0 and step["loss_bbox"] > 0 for step in losses)
+    assert {p.name for p in Path("runs/own").glob("*.png")} >= {"regions.png", "distribution.png"}
 
 
 def anchors(page: Path) -> set[str]:

@@ -19,6 +19,7 @@ from distillkit.models import gfl as gfl_module
 from distillkit.models.backbones import LITE0_WHEEL, backbone
 from distillkit.models.dense import Inference, candidates
 from distillkit.models.gfl import GFL, GFLHead, load_openmmlab
+from distillkit.models.weights import explain_mismatch
 
 GOLDEN = Path(__file__).parent / "golden"
 NO_OBJECTS = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
@@ -66,6 +67,22 @@ def test_head_agrees_with_the_published_one(version):
         close(classes[i], golden[f"cls_l{i}" if version == "gfl" else f"clslogit_l{i}"])
         if version == "gflv2":
             close(scores[i], golden[f"cls_l{i}"])
+
+
+@pytest.mark.parametrize("version", ["gfl", "gflv2"])
+def test_the_published_head_comes_through_a_checkpoint_of_openmmlab(tmp_path, version):
+    """Its weights under their own names, in a file, into a whole detector."""
+    golden = np.load(GOLDEN / f"ld_forward_{version}_a.npz")
+    sizes = {"channels": 32, "convs": 2, "bins": 8, "groups": 32, "strides": (8, 16), "quality": version == "gflv2"}
+    head = {f"bbox_head.{k[2:]}": torch.from_numpy(golden[k]) for k in golden.files if k.startswith("w_")}
+    rest = {k: v for k, v in small(**sizes).state_dict().items() if not k.startswith("head.")}
+    torch.save({"meta": {"epoch": 12}, "state_dict": {**rest, **head}}, tmp_path / "published.pth")
+    model = load_openmmlab(small(**sizes), tmp_path / "published.pth")
+    with torch.no_grad():
+        classes, edges = model.head([torch.from_numpy(golden[f"feat_l{i}"]) for i in range(2)])
+    for i in range(2):
+        close(edges[i], golden[f"box_l{i}"])
+        close(classes[i], golden[f"cls_l{i}" if version == "gfl" else f"clslogit_l{i}"])
 
 
 def test_decoded_boxes_agree_with_the_published_ones():
@@ -214,7 +231,21 @@ def test_a_training_call_compiles_whole_where_losses_are_dense(monkeypatch):
         ([torch.zeros(3, 9, 9)], None, "targets is missing"),
         ([torch.zeros(3, 9, 9)], [NO_OBJECTS] * 2, "1 images but 2 targets"),
         ([torch.zeros(3, 9, 9)], [{"boxes": torch.zeros(2, 4), "labels": torch.zeros(1)}], r"target 0: .*\(2, 4\)"),
-        ([torch.zeros(3, 9, 9)], [{"boxes": torch.zeros(1, 4), "labels": torch.tensor([3])}], r"labels \[3\].*0\.\.2"),
+        (
+            [torch.zeros(3, 9, 9)],
+            [{"boxes": torch.tensor([[1.0, 1, 8, 8]]), "labels": torch.tensor([3])}],
+            r"labels \[3\].*0\.\.2",
+        ),
+        (
+            [torch.zeros(3, 9, 9)] * 2,
+            [NO_OBJECTS, {"boxes": torch.tensor([[1.0, 1, 8, 8], [6, 1, 2, 8]]), "labels": torch.tensor([0, 0])}],
+            r"target 1: box 1 is \[6\.0, 1\.0, 2\.0, 8\.0\].*x1 < x2",
+        ),
+        (
+            [torch.zeros(3, 9, 9)],
+            [{"boxes": torch.tensor([[1.0, torch.nan, 8, 8]]), "labels": torch.tensor([0])}],
+            r"target 0: box 0 is \[1\.0, nan",
+        ),
     ],
 )
 def test_bad_input_is_named(images, targets, message):
@@ -227,6 +258,7 @@ def test_bad_input_is_named(images, targets, message):
 
 def openmmlab_names(model: GFL) -> dict[str, torch.Tensor]:
     names = {"bbox_" + k if k.startswith("head.") else k: v for k, v in model.state_dict().items()}
+    names |= {k: v.squeeze() for k, v in names.items() if ".scales." in k}  # theirs have no dimension
     return {**names, "bbox_head.integral.project": torch.arange(float(model.bins))}
 
 
@@ -240,6 +272,27 @@ def test_openmmlab_checkpoint_loads(tmp_path, nested):
     loaded = load_openmmlab(other, tmp_path / "a.pth")
     for key, value in source.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[key]), key
+
+
+def test_no_parameter_is_a_scalar_which_could_not_be_sharded():
+    assert all(p.dim() > 0 for p in small(quality=True).parameters())
+
+
+def test_scales_without_a_dimension_load(tmp_path):
+    """As OpenMMLab's files have them, through every way of loading."""
+    source = small()
+    torch.nn.init.constant_(source.head.scales[1].scale, 1.75)
+    weights = {k: v.squeeze() if ".scales." in k else v for k, v in source.state_dict().items()}
+    assert weights["head.scales.1.scale"].dim() == 0
+    explain_mismatch("file", source.state_dict(), weights)
+    model = small()
+    model.load_state_dict(weights)
+    torch.save(openmmlab_names(source), tmp_path / "a.pth")
+    for loaded in (model, load_openmmlab(small(), tmp_path / "a.pth")):
+        assert loaded.head.scales[1].scale.tolist() == [1.75]
+    assert weights["head.scales.1.scale"].dim() == 0  # what was given stays as it was
+    with pytest.raises(ValueError, match=r"other shape \(1\): head\.scales\.1\.scale \(2,\) in the file, \(1,\)"):
+        explain_mismatch("file", source.state_dict(), {**weights, "head.scales.1.scale": torch.ones(2)})
 
 
 def test_openmmlab_names_are_the_published_ones():

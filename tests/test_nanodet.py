@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import distillkit
 from distillkit import recipe as recipes
+from distillkit import schema
 from distillkit.core.errors import AdapterError
 from distillkit.models.nanodet import HALF, VARIANTS, NanoDet, Variant, load_ncnn, nanodet
 from distillkit.training import build
@@ -280,8 +281,8 @@ def need_data() -> None:
 def built(classes: int = 80, **keys: str) -> NanoDet:
     """A recipe's nanodet-m."""
     folder = str(Path(os.environ["DISTILLKIT_DATA"]) / "weights_nanodet")
-    config = recipes.NanoDetModel(kind="nanodet", variant="nanodet-m", folder=folder, **keys)
-    return build.build_model(config, classes, recipes.Evaluate())
+    config = schema.NanoDetModel(kind="nanodet", variant="nanodet-m", folder=folder, **keys)
+    return build.build_model(config, classes, schema.Evaluate())
 
 
 def test_what_a_recipe_keeps_of_the_trained_weights():

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from distillkit import recipe as recipes
+from distillkit import schema as schemas
 from distillkit.located import Mistakes, Place, dump, parse
 from distillkit.recipe import RecipeError, load, resolved
 
@@ -140,6 +142,18 @@ def test_without_distillers_there_is_no_distilled_row(write):
             "train:\n",
             "compare: [student, {row: Student}]\ntrain:\n",
             "r.yaml:9: compare.1: another row, or a teacher, is called 'Student' too; give each row its own name",
+        ),
+        (
+            "region: main",
+            "region: main, gamma: 0.5",
+            "r.yaml:7: distillers.0: gamma and measure bound the valuable region, and region: main has none; "
+            "leave them out",
+        ),
+        (
+            "region: main",
+            "region: main, weight: {value: 1, steps: 100}",
+            "r.yaml:7: distillers.0.weight: steps and end are for a weight that changes: "
+            "give its kind: warmup, linear, cosine or until",
         ),
     ],
 )
@@ -337,16 +351,50 @@ def test_the_promised_recipes_are_there():
 
 
 def test_schema_has_every_kind_and_the_short_forms():
-    schema = recipes.schema()
-    assert set(schema["properties"]) == set(recipes.Recipe.model_fields)
+    schema = schemas.json_schema()
+    assert set(schema["properties"]) == {"extends", *schemas.Recipe.model_fields}
     assert set(schema["properties"]["data"]["discriminator"]["mapping"]) == {"coco", "voc", "scenes", "custom"}
     assert {"type": "number"} in schema["$defs"]["LD"]["properties"]["weight"]["anyOf"]
     assert schema["$defs"]["GFLModel"]["additionalProperties"] is False
 
 
+DOCUMENTED = re.findall(
+    r"```yaml\n(.*?)```", (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8"), re.DOTALL
+)
+EDITOR = Draft202012Validator(schemas.json_schema())
+
+
+def written(text):
+    """A file's values as an editor reads them: YAML 1.2, nothing merged or filled in."""
+    return parse(text, lambda line: Place("x", line), (), Mistakes()).plain()
+
+
+@pytest.mark.parametrize("text", [path.read_text() for path in recipes.bundled()] + DOCUMENTED)
+def test_an_editor_marks_nothing_in_a_good_recipe(text):
+    assert [error.message for error in EDITOR.iter_errors(written(text))] == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("epochs: 2", "epohcs: 2"),
+        ("kind: scenes", "kind: scnes"),
+        ("kind: scenes, ", ""),
+        ("data:", "dta:"),
+        ("region: valuable", "region: valuble"),
+        ("kind: sgd", "kind: adamw, momentum: 0.9"),
+        ("backbone: resnet18", "backbone: 18"),
+        ("{kind: ld, region: main}", "{region: main}"),
+    ],
+)
+def test_an_editor_marks_mistakes(old, new):
+    assert EDITOR.is_valid(written(GOOD))
+    assert not EDITOR.is_valid(written(with_line(old, new)))
+
+
 def test_no_kind_is_called_like_a_key():
     """A mistake's place is found by leaving the kinds out of pydantic's path, so the two must differ."""
-    definitions = recipes.schema()["$defs"].values()
+    definitions = schemas.json_schema()["$defs"].values()
     keys = {key for definition in definitions for key in definition.get("properties", {})}
     kinds = {
         d["properties"]["kind"]["const"] for d in definitions if "const" in d.get("properties", {}).get("kind", {})
@@ -374,18 +422,16 @@ def test_what_is_dumped_reads_back_equal(value):
 
 def test_no_torch_is_imported():
     code = (
-        "import sys, distillkit.recipe as r, distillkit.plugins\n"
-        "r.load('quickstart'); r.schema(); assert 'torch' not in sys.modules"
+        "import sys, distillkit.recipe as r, distillkit.plugins, distillkit.schema as s\n"
+        "r.load('quickstart'); s.json_schema(); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_recipes_of_the_documentation_are_right(tmp_path, monkeypatch):
-    page = Path(__file__).parents[1] / "docs" / "recipes.md"
-    blocks = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.setenv("CELLS", "/somewhere")
-    (tmp_path / "mine.yaml").write_text(blocks[0])
-    for i, block in enumerate(blocks):
+    (tmp_path / "mine.yaml").write_text(DOCUMENTED[0])
+    for i, block in enumerate(DOCUMENTED):
         (tmp_path / f"{i}.yaml").write_text(block)
         load(tmp_path / f"{i}.yaml")
-    assert len(blocks) == 5
+    assert len(DOCUMENTED) == 5

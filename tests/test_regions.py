@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from distillkit.boxes import assign, regions
 from distillkit.boxes.assign import atss
@@ -15,6 +14,7 @@ from distillkit.boxes.maps import Maps
 from distillkit.boxes.regions import Main, MainAndValuable, Valuable, matched, valuable_weight
 from distillkit.core.views import BoxTargets, DenseDetections
 from distillkit.losses.kl import kl_divergence
+from tests.counting import Dispatched
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "ld_assign_a.npz")
 STRIDES = (8, 16, 32)
@@ -24,7 +24,7 @@ EVERY_REGION = [
     Main(),
     Valuable(),
     Valuable(measure="release"),
-    Valuable(gamma=0.0, measure="iou", exclude_positives=True),
+    Valuable(gamma=0.0, measure="iou"),
     MainAndValuable(),
 ]
 
@@ -83,14 +83,6 @@ def test_with_gamma_one_both_regions_are_the_main_region() -> None:
     assert both.equal(everywhere(Main(), seen, truth))
 
 
-def test_positives_can_be_left_out() -> None:
-    seen, truth = view(1), targets(BOXES)
-    positive = everywhere(Main(), seen, truth, "one") > 0
-    with_them, without = (everywhere(Valuable(0.0, "iou", e), seen, truth, "iou") for e in (False, True))
-    assert (with_them * positive).any()
-    assert without.equal(with_them * ~positive)
-
-
 # ---- weights
 
 
@@ -147,34 +139,16 @@ def test_the_gathering_path_is_the_default_on_the_cpu() -> None:
     assert not where.dense
 
 
-class Syncs(TorchDispatchMode):
-    """Counts operations that make the host wait for an accelerator: numbers read, and results sized by values."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
-        by_mask = name in ("index", "index_put", "index_put_") and any(
-            i is not None and i.dtype is torch.bool for i in args[1]
-        )
-        self.count += name.startswith(self.WAITING) or by_mask
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("region", EVERY_REGION, ids=repr)
 def test_the_dense_path_never_waits_for_the_device(region) -> None:
     counts = {}
     for dense in (False, True):
         student, teacher = view(2), view(2, seed=1)
-        with Syncs() as syncs:
+        with Dispatched() as counted:
             where, weights = region(student, targets(BOXES, BOXES[:0]), dense=dense)
             rows = kl_divergence(student.edges.at(where), teacher.edges.at(where), 10.0).mean(-1)
             (weights * rows).sum().backward()
-        counts[dense] = syncs.count
+        counts[dense] = counted.syncs.total()
     assert counts[False] > 0
     assert counts[True] == 0
 

@@ -1,6 +1,11 @@
 """A whole run from a recipe, and the verbs on what it leaves."""
 
+import io
 import json
+import os
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,16 +18,18 @@ from safetensors.torch import load_file
 
 import distillkit
 from distillkit.data.scenes import Scenes
-from distillkit.recipe import load
+from distillkit.recipe import Row, load
 from distillkit.training import build
-from distillkit.training.errors import RunError
+from distillkit.training.errors import CheckpointError, RunError
 from distillkit.training.evaluate import evaluate
 from distillkit.training.export import export
+from distillkit.training.folder import alone_in
 from distillkit.training.metrics import read
 from distillkit.training.predict import predict
-from distillkit.training.run import run
+from distillkit.training.run import run, versions
 from distillkit.training.table import cells
 
+SAVE = ("train", {"save_every": 7})
 RECIPE = """
 name: small
 data: {kind: scenes, train: 12, val: 6, test: 4, size: 64, batch: 4, workers: 0}
@@ -56,7 +63,7 @@ def test_a_run_leaves_all_its_files(folder):
     assert {p.name for p in folder.iterdir()} == {
         "recipe.yaml", "versions.json", "table.md", "table.json", "report.html",
         "curves.png", "pictures.png", "regions.png", "distribution.png",
-        "teacher", "student", "distilled", "ld-alone",
+        "teacher", "student", "distilled", "ld-alone", ".lock",
     }  # fmt: skip
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
@@ -65,6 +72,7 @@ def test_a_run_leaves_all_its_files(folder):
     versions = json.loads((folder / "versions.json").read_text())
     assert versions["packages"]["torch"] == torch.__version__.split("+")[0]
     assert versions["seed"] == 0
+    assert versions["packages"]["distillkit"] == distillkit.__version__
 
 
 def test_the_table_has_a_row_for_each_model(folder):
@@ -73,7 +81,11 @@ def test_the_table_has_a_row_for_each_model(folder):
     assert rows[0]["parameters"] > rows[1]["parameters"] == rows[2]["parameters"]
     lines = (folder / "table.md").read_text().splitlines()
     assert len(lines) == 2 + len(rows)
-    assert cells([{**rows[0], "AP": 0.1234, "minutes": None}])[1][1::4] == ["12.3", "-"]
+    assert cells([{**rows[0], "AP": 0.1234, "AP50": -1.0, "minutes": None}])[1][1:] == [
+        "12.3", "-", *cells(rows)[1][3:5], "-",
+    ]  # fmt: skip
+    assert rows[0]["minutes"] > 0
+    assert rows[3]["minutes"] is None  # epochs 0
 
 
 def test_rows_start_from_the_same_weights_and_are_scored_on_the_split(folder):
@@ -109,6 +121,83 @@ def test_another_recipe_is_refused_until_fresh(recipe, folder, tmp_path):
     assert (tmp_path / "small" / "thesis.tex").exists()
 
 
+def test_a_run_goes_on_with_more_rows_and_other_workers(recipe, folder, tmp_path):
+    copied = recipe.model_copy(update={"output": str(tmp_path)})
+    shutil.copytree(folder, tmp_path / "small")
+    data, train = (getattr(recipe, key).model_copy(update=new) for key, new in (("data", {"workers": 1}), SAVE))
+    more = [Row(row="new", distillers="none", train={"epochs": 0}), *recipe.compare]
+    printed = Console(record=True, width=200, file=io.StringIO())
+    run(copied.model_copy(update={"data": data, "train": train, "compare": more}), console=printed)
+    text = printed.export_text()
+    assert text.count("done already") == 4
+    assert "new: as it came: AP " in text
+    assert "new: scoring on test, 4 pictures" in text
+    assert "after epoch" not in text
+    rows = json.loads((tmp_path / "small" / "table.json").read_text())
+    assert [row["row"] for row in rows] == ["teacher", "new", "student", "distilled", "LD alone!"]
+    assert load(tmp_path / "small" / "recipe.yaml").compare == more
+
+    done = recipe.compare[1].model_copy(update={"distillers": ["logit_kd"]})
+    with pytest.raises(RunError, match=r"compare\.distilled\.distillers was 'all'"):
+        run(copied.model_copy(update={"compare": [done]}), console=Console(quiet=True))
+    with pytest.raises(RunError, match=r"compare\.distilled\.distillers was 'all', is None"):
+        run(copied.model_copy(update={"compare": more[:1]}), console=Console(quiet=True))
+
+
+def test_a_run_on_another_machine_says_so(recipe, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "small")
+    began = tmp_path / "small" / "versions.json"
+    changed = json.loads(began.read_text()) | {"threads": 99}
+    began.write_text(json.dumps(changed))
+    printed = Console(record=True, width=200, file=io.StringIO())
+    run(recipe.model_copy(update={"output": str(tmp_path)}), console=printed)
+    assert f"threads was 99, is {torch.get_num_threads()}; results may differ" in printed.export_text()
+
+
+def test_weights_that_are_gone_are_missed(recipe, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "small")
+    copied = recipe.model_copy(update={"output": str(tmp_path)})
+    job = tmp_path / "small" / "student"
+    (job / "final.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"delete result\.json: the training goes on from last\.pt"):
+        run(copied, console=Console(quiet=True))
+    (job / "result.json").unlink()
+    run(copied, console=Console(quiet=True))
+    there, here = (load_file(f / "student" / "final.safetensors") for f in (folder, tmp_path / "small"))
+    assert all(torch.equal(value, here[name]) for name, value in there.items())
+
+
+def test_two_runs_do_not_share_a_folder(recipe, folder):
+    hold = (
+        "import sys, time, pathlib; from distillkit.training.folder import alone_in\n"
+        "with alone_in(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=f"worked in by the process {holder.pid}: wait"):
+            run(recipe, fresh=True, console=Console(quiet=True))
+        assert (folder / "table.json").exists()
+    finally:
+        holder.kill()
+        holder.communicate()
+    with alone_in(folder):
+        assert (folder / ".lock").read_text() == f"{os.getpid()}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "command"),
+    [
+        (["/opt/bin/distillkit", "run", "a b.yaml"], "distillkit run 'a b.yaml'"),
+        (["/opt/lib/distillkit/__main__.py", "run", "q"], "distillkit run q"),
+        (["benchmarks/seeds.py", "q"], "benchmarks/seeds.py q"),
+    ],
+)
+def test_the_command_is_kept_as_it_was_typed(recipe, monkeypatch, typed, command):
+    monkeypatch.setattr(sys, "argv", typed)
+    assert versions(recipe)["command"] == command
+
+
 def test_evaluate_finds_models_by_name_and_file(recipe, folder):
     scores = json.loads((folder / "teacher" / "scores-test.json").read_text())
     assert evaluate(recipe, "teacher", "test").numbers["AP"] == scores["AP"]
@@ -138,10 +227,10 @@ def test_predict_draws_and_writes_boxes_of_the_picture(recipe, folder, tmp_path)
     with Image.open(tmp_path / "out" / "scene.png") as drawn:
         assert drawn.width / drawn.height == pytest.approx(120 / 80)
     with pytest.raises(RunError, match=r"notes\.txt: cannot be read as a picture"):
-        predict(recipe, None, [pictures / "notes.txt"], tmp_path / "out")
+        predict(recipe, "student", [pictures / "notes.txt"], tmp_path / "out")
     Image.fromarray(scene.image).save(pictures / "scene.bmp")
     with pytest.raises(RunError, match=r"both be drawn to scene\.png"):
-        predict(recipe, None, [pictures], tmp_path / "out")
+        predict(recipe, "student", [pictures], tmp_path / "out")
 
 
 def test_export_agrees_with_the_student(recipe, folder, tmp_path):
@@ -186,7 +275,7 @@ def test_every_key_of_a_block_reaches_what_is_built(recipe, tmp_path):
     student = build.build_model(changed.student, 10, changed.evaluate)
     frozen = {name.split(".")[1] for name, p in student.named_parameters() if not p.requires_grad}
     assert frozen == {"conv_stem", "bn1", "blocks"}
-    (imitation,) = build.build_distillers(changed, ["feature_imitation"], 10)
+    (imitation,) = build.build_distillers(changed, ["feature_imitation"], 10, changed.train)
     assert imitation.convention == "release"
 
 
@@ -198,7 +287,8 @@ class Nothing(distillkit.Distiller):
 def test_a_loss_of_a_custom_distiller_is_called_as_in_the_recipe(recipe, tmp_path):
     distillkit.register_distiller("theirs", Nothing)
     (tmp_path / "r.yaml").write_text(RECIPE.replace("{kind: feature-imitation}", "{kind: custom, name: theirs}"))
-    (built,) = build.build_distillers(load(tmp_path / "r.yaml"), ["theirs"], 10)
+    changed = load(tmp_path / "r.yaml")
+    (built,) = build.build_distillers(changed, ["theirs"], 10, changed.train)
     assert built.name == "theirs"
 
 

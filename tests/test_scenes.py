@@ -44,7 +44,7 @@ def test_rotated_boxes_hold_every_pixel_and_no_more():
 def test_angle_is_the_digits_own_and_clockwise():
     """A one, as a bar: its main axis in the mask must lie along the box's long side."""
     checked = 0
-    for scene in some(n=150):
+    for scene in some(n=250):
         for (_, _, w, h, angle), mask, label in zip(scene.rotated_boxes, scene.masks, scene.labels, strict=True):
             if label != 1 or h < 2.2 * w:
                 continue
@@ -53,7 +53,7 @@ def test_angle_is_the_digits_own_and_clockwise():
             x, y = axes[:, values.argmax()]
             down = (-math.sin(angle), math.cos(angle))  # the side h in image coordinates
             assert abs(x * down[0] + y * down[1]) > math.cos(math.radians(15))
-            checked += abs(angle) > math.radians(20)
+            checked += abs(angle) > math.radians(10)  # turned the wrong way it would be off by more than 15
     assert checked > 3
 
 

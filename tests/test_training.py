@@ -1,9 +1,11 @@
 """Checkpoints, schedules, the moving average, metrics rows and the loop on small models."""
 
+import io
 import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from distillkit.training import checkpoint
 from distillkit.training.errors import CheckpointError, Interrupted, RunError
 from distillkit.training.loop import Job, fit
 from distillkit.training.metrics import Metrics, read
-from distillkit.training.optim import MovingAverage, build_optimizer, learning_rate_factor
+from distillkit.training.optim import MovingAverage, build_optimizer, learning_rate_factor, warmup_steps
 
 # ---- files
 
@@ -60,6 +62,16 @@ def test_an_exception_while_writing_leaves_the_old_file_and_nothing_else(tmp_pat
         checkpoint.atomically(path, half)
     assert json.loads(path.read_text()) == {"a": 1}
     assert os.listdir(tmp_path) == ["table.json"]
+
+
+def test_files_have_the_rights_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        checkpoint.save_weights(tmp_path / "final.safetensors", nn.Linear(2, 3).state_dict())
+        checkpoint.write_json(tmp_path / "result.json", {})
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint at all", "truncated", "foreign", "code"])
@@ -150,6 +162,8 @@ def test_learning_rates():
     assert {learning_rate_factor(s, 9, 3, _schedule()) for s in range(9)} == {1.0}
     with pytest.raises(RunError, match="warmup is 500 steps, but the whole run has 300"):
         learning_rate_factor(0, 300, 3, _schedule(warmup=500))
+    assert [warmup_steps(total, _schedule(warmup=None)) for total in (0, 3, 40, 9000)] == [0, 0, 4, 500]
+    assert learning_rate_factor(2, 40, 1, _schedule(warmup=None, warmup_factor=0.5)) == pytest.approx(0.75)
 
 
 def _small():
@@ -232,7 +246,7 @@ def _train(**changes):
     return Train.model_validate(defaults | changes)
 
 
-def _fit(folder, batch=4, dropout=0.0, data=None, evaluate=None, model=None, **train):
+def _fit(folder, batch=4, dropout=0.0, data=None, evaluate=None, model=None, console=None, **train):
     torch.manual_seed(0)
     model = model or Line(dropout)
     data = data or Points()
@@ -241,7 +255,7 @@ def _fit(folder, batch=4, dropout=0.0, data=None, evaluate=None, model=None, **t
         return {"AP": -float((student.line.weight - 3).square().sum().detach())}
 
     job = Job("line", folder, wrap(model), data, evaluate or distance, _train(**train), seed=7, batch=batch, workers=0)
-    result = fit(job, Console(quiet=True))
+    result = fit(job, console or Console(quiet=True))
     return result, load_file(folder / "final.safetensors")
 
 
@@ -313,19 +327,30 @@ def test_no_epochs_is_an_evaluation(tmp_path):
 
 
 class Interrupts(Points):
-    """Ctrl-C, twice in the life of a job, while the third sample of the second epoch is read."""
+    """A signal while the third sample of the second epoch is read."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
 
     def __getitem__(self, key):
         if key == (1, 3):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.number)
         return super().__getitem__(key)
 
 
-def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_weights(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_weights(tmp_path, number):
+    printed = Console(record=True, width=200, file=io.StringIO())
+    before = signal.getsignal(number)
     _, straight = _fit(tmp_path / "straight", dropout=0.5, ema=0.9)
-    with pytest.raises(Interrupted, match="saved after step"):
-        _fit(tmp_path / "stopped", dropout=0.5, data=Interrupts(), ema=0.9)
-    _, resumed = _fit(tmp_path / "stopped", dropout=0.5, ema=0.9)
+    with pytest.raises(Interrupted, match="saved after step") as raised:
+        _fit(tmp_path / "stopped", dropout=0.5, data=Interrupts(number), ema=0.9, console=printed)
+    assert "stopping after this step (or evaluation); Ctrl-C again stops at once\n" in printed.export_text()
+    _, resumed = _fit(tmp_path / "stopped", dropout=0.5, ema=0.9, console=printed)
+    assert signal.getsignal(number) is before
+    (step,) = re.findall(r"saved after step (\d+)", str(raised.value))
+    assert f"line: goes on after step {step}\n" in printed.export_text()
     assert all(torch.equal(resumed[k], v) for k, v in straight.items())
     files = [(tmp_path / f / "metrics.jsonl").read_bytes() for f in ("straight", "stopped")]
     assert files[0] == files[1]

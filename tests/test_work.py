@@ -5,6 +5,7 @@ import torch
 
 import distillkit
 from distillkit import LD, FeatureImitation, LogitKD, Main, Valuable
+from distillkit.adapters import distribution_head
 from tests.counting import Dispatched, kept_tensors, modules_run
 from tests.test_adapters import detector, scene
 from tests.tiny import KL, Net, batch
@@ -25,7 +26,8 @@ def count(call) -> Dispatched:
     return counted
 
 
-def test_the_accelerator_path_adds_no_host_sync():
+def test_the_accelerator_path_adds_no_host_sync(monkeypatch):
+    monkeypatch.setattr(distribution_head, "check_boxes", lambda *args: None)  # which looks on the CPU only
     student, teacher = detector(), detector()
     alone = count(lambda: sum(student(*scene()).values()).backward())
     model = distillkit.wrap(student, teacher, distillers(dense=True))
@@ -102,3 +104,27 @@ def test_nothing_is_kept_between_steps(dense):
     step(model)
     assert not kept_tensors(student, lambda: step(model))
     assert not kept_tensors(teacher, lambda: step(model))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.detach().numpy(),
+        lambda x: x.sum().item(),
+        lambda x: float(x.sum()),
+        lambda x: bool(x.any()),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: torch.where(x > 0),
+        lambda x: x.unique(),
+    ],
+)
+def test_the_counter_sees_every_way_of_reading_a_tensor_on_the_host(read):
+    with Dispatched() as counted:
+        read(torch.arange(3.0))
+    assert counted.syncs
+    before = counted.syncs.copy()
+    read(torch.arange(3.0))
+    assert counted.syncs == before  # and no longer than it is asked to

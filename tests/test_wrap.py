@@ -107,6 +107,93 @@ def test_pure_distillation_without_targets():
     assert list(model(batch()[0])) == ["kl", "output"]
 
 
+class Own(Net):
+    """A student that computes its own losses: ``form`` says how it returns them."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.drop, self.form = nn.Identity(), form
+
+    def forward(self, x, targets=None):
+        logits = super().forward(x)
+        return logits if targets is None else self.form(cross_entropy(logits, targets), logits)
+
+
+FORMS = {
+    "lists, as OpenMMLab's": lambda loss, _: {"loss_cls": [loss, 2 * loss], "loss_bbox": [3 * loss]},
+    "shape (1,) and metrics": lambda loss, _: {"loss_cls": loss.reshape(1), "acc": torch.tensor([90.0]), "lr": 0.1},
+    "a metric of the loss": lambda loss, _: {"loss_cls": loss, "loss_seen": loss.detach()},
+    "a tuple": lambda loss, logits: (loss, logits),
+    "a dict in a tuple": lambda loss, logits: ({"loss_cls": loss}, logits),
+    "a total": lambda loss, logits: {"loss": loss, "loss_cls": loss, "logits": logits},
+}
+TOTALS = {
+    "lists, as OpenMMLab's": {"loss_cls": 3, "loss_bbox": 3},
+    "a tuple": {"task": 1},
+    "a total": {"task": 1},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_forms_in_which_students_return_their_losses(form):
+    x, y = batch()
+    student = Own(FORMS[form])
+    model = distillkit.wrap(student, Net(), [MSE("stem")])
+    loss = cross_entropy(Net.forward(student, x), y)
+    losses = model(x, y)
+    wanted = TOTALS.get(form, {"loss_cls": 1})
+    assert list(losses) == [*wanted, "mse", "output"]
+    for name, times in wanted.items():
+        torch.testing.assert_close(losses[name], times * loss)
+    torch.testing.assert_close(losses.total, sum(wanted.values()) * loss + losses["mse"])
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        (lambda loss, logits: logits, r"no task loss but a tensor of shape \(4, 5\).*criterion="),
+        (lambda loss, logits: {"acc": 90.0, "logits": logits}, r"no task loss but a dict of 'acc', 'logits'"),
+        (lambda loss, logits: (logits, loss), r"no task loss but a tuple of 2"),
+        (lambda loss, logits: {"loss_cls": loss.item()}, r"'loss_cls' must be a tensor of one element, got a float"),
+        (lambda loss, logits: {"loss_cls": logits}, r"'loss_cls' must be .* got a tensor of shape \(4, 5\)"),
+        (lambda loss, logits: {"loss": logits}, r"'loss' must be|'task' must be"),
+        (lambda loss, logits: {"loss_cls": [logits]}, r"'loss_cls' must be .* got a list of 1"),
+    ],
+)
+def test_targets_that_give_no_loss_are_not_dropped_in_silence(form, said):
+    with pytest.raises(WrapError, match=said):
+        distillkit.wrap(Own(form), Net(), [MSE("stem")])(*batch())
+
+
+@pytest.mark.parametrize(
+    ("criterion", "said"),
+    [
+        (lambda o, y: cross_entropy(o, y, reduction="none"), r"'task' must be .* got a tensor of shape \(4,\)"),
+        (lambda o, y: {"ce": cross_entropy(o, y), "acc": 0.5}, r"'acc' must be .* got a float"),
+    ],
+)
+def test_a_criterion_whose_loss_is_no_scalar(criterion, said):
+    with pytest.raises(WrapError, match=said):
+        wrapped(criterion=criterion)(*batch())
+
+
+def test_every_input_of_the_student_reaches_the_teacher():
+    class Masked(Net):
+        def forward(self, x, mask):
+            self.seen = mask
+            return super().forward(x * mask)
+
+    (x, y), mask = batch(), torch.rand(4, 1, 16, 16)
+    teacher = Masked()
+    model = wrapped(student=Masked(), teacher=Teacher(teacher, fold_bn=True))
+    teacher_run = model._frozen["teacher"].model
+    model(x, mask, y)
+    assert teacher_run.seen is mask
+    del teacher_run.seen
+    model(x, mask, targets=y)
+    assert teacher_run.seen is mask
+
+
 @pytest.mark.parametrize("name", ["loss_cls", "output"])
 def test_a_loss_is_never_overwritten_by_another_of_its_name(name):
     model = wrapped([KL(name="loss_cls")], criterion=lambda output, y: {name: cross_entropy(output, y)})
@@ -148,6 +235,56 @@ def test_the_student_is_left_as_it_was():
     wrapped([MSE("stem")], student=student).unwrap()  # and can be wrapped again
 
 
+def test_a_wrapper_that_is_thrown_away_lets_its_student_go():
+    student, teacher = Net(), Net()
+    model = wrapped([MSE("stem")], student=student, teacher=teacher)
+    model(*batch())
+    del model
+    gc.collect()
+    assert hooks_of(student) == hooks_of(teacher) == 0
+    wrapped([MSE("stem")], student=student, teacher=teacher)
+
+
+def test_after_a_first_step_that_fails_the_student_can_be_wrapped_anew():
+    student = Net(classes=7)
+    failed = wrapped(student=student)
+    with pytest.raises(ViewError):
+        failed(*batch())
+    model = wrapped(student=student, teacher=Net(classes=7))
+    model(*batch())
+    with pytest.raises(WrapError, match="unwrapped"):
+        failed(*batch())
+    with pytest.raises(WrapError, match="already"):
+        wrapped(student=student)
+    with pytest.raises(TypeError):
+        model(batch()[0])  # a later step that fails is no reason to let go
+    with pytest.raises(WrapError, match="already"):
+        wrapped(student=student)
+
+
+def test_a_hook_registered_while_wrapped_is_the_users_to_remove_afterwards():
+    student = Net()
+    seen: list[str] = []
+    early = student.stem.register_forward_hook(Recorder(seen))
+    model = wrapped([MSE("stem")], student=student)
+    late = student.stem.register_forward_hook(Recorder(seen))
+    model.unwrap()
+    student(batch()[0])
+    assert len(seen) == hooks_of(student) == 2
+    twin = pickle.loads(pickle.dumps(student))
+    assert type(twin.stem._forward_hooks) is type(Net().stem._forward_hooks)
+    assert hooks_of(twin) == 2
+    seen.clear()
+    late.remove()
+    student(batch()[0])
+    assert len(seen) == 1
+    early.remove()
+    student(batch()[0])
+    assert len(seen) == 1
+    wrapped([MSE("stem")], student=student).unwrap()
+    assert hooks_of(student) == 0
+
+
 # ---- teachers
 
 
@@ -179,6 +316,14 @@ def test_moves_of_device_reach_the_teacher():
     model.to("meta")
     assert model._frozen["teacher"].model.head.weight.device.type == "meta"
     assert original.head.weight.device.type == "meta"  # the first step proves the folding on it
+
+
+def test_a_teacher_is_brought_to_where_the_student_is():
+    class Moves(Teacher):
+        def to(self, device):
+            self.moved_to = device
+
+    assert wrapped(teacher=Moves(Net()))._frozen["teacher"].moved_to == torch.device("cpu")
 
 
 def test_what_the_wrapper_adds_is_where_the_student_is():
@@ -314,6 +459,32 @@ def test_a_teacher_takes_the_students_mean_only_where_it_has_none_of_its_own():
     assert not wrapped(adapter=Adapter(*mine))._renormalise
 
 
+def test_a_normalisation_that_was_added_is_said_once(caplog):
+    model = wrapped(teacher=Teacher(Net(), mean=(0.5,) * 3, std=(0.5,) * 3), adapter=Adapter((0,) * 3, (1,) * 3))
+    model(*batch())
+    model(*batch())
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "re-normalised" in record.getMessage()
+
+
+def test_what_has_no_partner_is_said_once(caplog):
+    class Some(distillkit.ClassLogits):
+        def unmatched(self, student):
+            return ["class 'tram' is left out"]
+
+    class SomeLogits(Adapter):
+        def view(self, model, kind, tensors, output):
+            return Some(output)
+
+    model = wrapped([KL(), KL(name="second")], adapter=SomeLogits())
+    model(*batch())
+    model(*batch())
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == "teacher 'teacher': class 'tram' is left out"
+
+
 def test_input_given_by_name_is_renormalised_too():
     model = wrapped(teacher=Teacher(Net(), mean=(0.5,) * 3, std=(0.5,) * 3), adapter=Adapter((0,) * 3, (1,) * 3))
     model.student.drop = nn.Identity()
@@ -370,6 +541,67 @@ def test_the_wrapper_counts_steps_for_the_schedule_and_saves_the_count():
     assert values[1] > 0
     assert values[2] == 0
     assert model.state_dict()["step"] == 3
+
+
+class Infinite(KL):
+    """A loss that is infinite from step 2 on."""
+
+    def forward(self, student, teacher, targets):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(student, teacher, targets) + (float("inf") if self.calls > 2 else 0.0)
+
+
+def test_a_distiller_whose_weight_stays_0_rests_and_so_does_its_teacher():
+    teachers = {"a": Net(), "b": Net()}
+    ran = []
+    for name, teacher in teachers.items():
+        teacher.register_forward_hook(lambda m, a, o, name=name: ran.append(name))
+    imitation = FeatureImitation(
+        student_at="stem", teacher_at="stem", teacher="b", weight=Weight(1.0, "linear", 2, end=0.0), name="imitation"
+    )
+    distillers = [Infinite(Weight(1.0, "until", 2), teacher="a"), KL(teacher="b", name="kl_b"), imitation]
+    model = distillkit.wrap(Net(), teachers, distillers, criterion=cross_entropy)
+    for _ in range(2):
+        model(*batch()).total.backward()
+    assert ran.count("a") == ran.count("b") == 2
+    for parameter in model.parameters():
+        parameter.grad = None
+    losses = model(*batch())
+    assert list(losses) == ["task", "kl", "kl_b", "imitation", "output"]
+    assert losses["kl"] == losses["imitation"] == 0
+    losses.total.backward()
+    model.check_finite()
+    assert ran.count("a") == 2
+    assert ran.count("b") == 3
+    assert all(p.grad is not None for p in model.parameters())  # of the projection too: DDP waits for it
+
+    model.load_state_dict({**model.state_dict(), "step": torch.tensor(0)})  # back to an earlier checkpoint
+    model(*batch())
+    assert ran.count("a") == 3
+
+
+@pytest.mark.parametrize("weight", [Weight(1.0, "until", 2), Weight(1.0, "cosine", 2), Weight(2.0, "warmup", 2), 0])
+def test_a_weight_of_0_also_silences_an_infinite_loss(weight):
+    weight = distillkit.core.schedule.weight_of(weight)
+    step = torch.tensor(0 if weight.kind == "warmup" else 2)
+    loss = torch.tensor(float("inf"))
+    assert weight.applied(loss, step) == 0
+    assert weight.applied(torch.tensor(3.0), step + 1) == (3.0 if weight.kind == "warmup" else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("weight", "over"),
+    [
+        (Weight(1.0), [False, False, False]),
+        (Weight(0.0), [True, True, True]),
+        (Weight(1.0, "until", 1), [False, True, True]),
+        (Weight(1.0, "linear", 2), [False, False, True]),
+        (Weight(1.0, "cosine", 2, end=0.5), [False, False, False]),
+        (Weight(1.0, "warmup", 2), [False, False, False]),
+    ],
+)
+def test_when_a_weight_is_0_for_good(weight, over):
+    assert [weight.is_over(step) for step in range(3)] == over
 
 
 @pytest.mark.parametrize("bad", [{"kind": "sometimes"}, {"kind": "warmup"}, {"value": float("nan")}])
@@ -504,6 +736,14 @@ def test_a_distiller_that_reaches_no_student_parameter(how):
         model(*batch())
 
 
+def test_an_input_that_requires_a_gradient_does_not_count_as_the_student():
+    student = Net().requires_grad_(False)
+    x, y = batch()
+    model = wrapped([MSE("stem")], student=student, criterion=lambda output, y: {"task": output.sum()})
+    with pytest.raises(UnreachedStudentError, match="'mse' reaches no parameter"):
+        model(x.requires_grad_(), y)
+
+
 def test_a_distillers_own_parameters_do_not_count_as_the_student():
     class Projected(MSE):
         def __init__(self, at):
@@ -543,9 +783,22 @@ def test_a_compiled_student_is_refused():
 
 
 def test_a_second_wrapper_is_refused():
-    model = wrapped()
+    model = wrapped([MSE("stem")])
     with pytest.raises(WrapError, match="already"):
         wrapped(student=model.student)
+    with pytest.raises(WrapError, match=r"\(itself\) is read by another wrapper"):
+        wrapped(student=model.student.stem)
+    with pytest.raises(WrapError, match=r"\(0\.stem\) is read by another wrapper"):
+        wrapped(student=nn.Sequential(model.student))
+
+
+def test_a_student_that_is_wrapped_otherwise_is_refused():
+    model = wrapped()
+    for student in (model, nn.Sequential(model)):
+        with pytest.raises(WrapError, match="wrapped model"):
+            wrapped(student=student)
+    with pytest.raises(WrapError, match="DataParallel"):
+        wrapped(student=nn.DataParallel(Net()))
 
 
 @pytest.mark.parametrize("names", [("kl", "kl"), ("a.b", "a_b"), ("a", "output")])
@@ -559,6 +812,8 @@ def test_something_else_than_a_teacher_or_distiller():
         wrapped(teacher="resnet50")
     with pytest.raises(WrapError, match="expected Distiller objects"):
         wrapped([nn.MSELoss()])
+    with pytest.raises(WrapError, match=r"expected a list, as in \[LogitKD\(\)\], got LogitKD"):
+        distillkit.wrap(Net(), Net(), LogitKD())
     with pytest.raises(WrapError, match="student: expected"):
         distillkit.wrap("resnet18", Net(), [KL()])
 
@@ -566,6 +821,15 @@ def test_something_else_than_a_teacher_or_distiller():
 def test_a_call_without_targets():
     with pytest.raises(TypeError, match="targets"):
         wrapped()(batch()[0])
+
+
+def test_a_distiller_that_needs_targets_and_gets_none():
+    class Regions(KL):
+        def forward(self, student, teacher, targets):
+            return super().forward(student, teacher, targets) * len(targets.boxes)
+
+    with pytest.raises(ViewError, match="distiller 'kl' needs targets"):
+        wrapped([Regions()], criterion=None)(batch()[0])
 
 
 def test_activation_checkpointing():

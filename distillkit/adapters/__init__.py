@@ -6,9 +6,22 @@ from torch import nn
 
 from distillkit.core.adapter import Adapter
 
+#: an attribute of the model, so that copies of a model have its adapter too
+_OWN = "_distillkit_adapter"
+
+
+def with_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """The same model; ``adapter_for`` of it, and of its copies, is ``adapter`` from now on."""
+    setattr(model, _OWN, adapter)
+    return model
+
 
 def adapter_for(model: nn.Module, fallback: Adapter | None = None) -> Adapter:
-    """A model's adapter: its family's where distillkit knows it, else ``fallback``, else the one for plain models."""
+    """A model's adapter: the one it was given, else its family's where distillkit knows it, else ``fallback``, else the
+    one for plain models."""
+    own = getattr(model, _OWN, None)
+    if own is not None:
+        return own
     from distillkit.models.gfl import GFL
     from distillkit.models.nanodet import NanoDet
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distillkit.boxes.anchors import grid_points, grid_strides
 from distillkit.boxes.distribution import decode, integral
+from distillkit.boxes.iou import check_boxes
 from distillkit.boxes.maps import Maps
 from distillkit.core.adapter import Adapter, input_name
 from distillkit.core.errors import AdapterError, ViewError
@@ -17,8 +18,8 @@ from distillkit.core.taps import Place
 from distillkit.core.views import BoxTargets, DenseDetections, Features, View
 
 LOOKED_AT = 50  # predictions of one picture that the proof compares
-TOLERANCE = 0.1  # pixels
-LOW_PRECISION = 0.02  # of the largest distance, for a teacher in half precision
+PIXELS, SCORE = 0.1, 1e-3  # how far a box's edge and its score may be from what is tapped
+HALF = 2**-7  # the same in half precision: of the box's largest coordinate, and of a score
 
 
 class DistributionHead(Adapter):
@@ -27,13 +28,13 @@ class DistributionHead(Adapter):
     ``DistributionHead(classes="head.gfl_cls", edges="head.scales.*", strides=(8, 16, 32, 64, 128), bins=17)``
 
     The detector is called as torchvision's are: ``model(images, targets)`` gives losses in train mode,
-    ``model(images)`` gives ``[{"boxes", "scores", "labels"}]`` in eval mode. At the first step the boxes it predicts
-    are compared with those decoded from what is tapped; where they differ (a wrong path, offset or number of bins) it
-    is an AdapterError.
+    ``model(images)`` gives ``[{"boxes", "scores", "labels"}]`` in eval mode. At the first step the boxes and scores it
+    predicts are compared with those of what is tapped; where they differ (a wrong path, offset or number of bins) it is
+    an AdapterError.
 
     Args:
         classes: path of the class logits, one shared by all levels or one a level, e.g. ``["conv_77[:80]", ...]``.
-        edges: path of the edge logits (before softmax, after any scale), likewise; E*K channels an anchor.
+        edges: path of the edge logits (before softmax, after any scale), likewise; 4*K channels.
         strides: pixels per cell of each level, in the order in which the paths fire.
         bins: number of bins K (values 0..K-1 strides), or the bins' values in strides.
         centre: where in its cell a point stands: 0 the corner, 0.5 the middle.
@@ -52,6 +53,8 @@ class DistributionHead(Adapter):
         octave: float = 8.0,
     ):
         super().__init__()
+        if isinstance(strides, int) or not strides:
+            raise ValueError(f"strides must be one number a level, as in (8, 16, 32), got {strides!r}")
         self.strides = tuple(strides)
         self.classes = _place(classes, len(self.strides), "classes")
         self.edges = _place(edges, len(self.strides), "edges")
@@ -85,11 +88,17 @@ class DistributionHead(Adapter):
                 "bins= is the number of bins (reg_max + 1), or the path needs a channel range, as in 'conv[80:]'"
             )
         anchors = channels // (4 * self.bins)
+        if anchors != 1:
+            raise ViewError(
+                f"{self.edges.paths[0]!r} has {channels} channels, {anchors} anchors a cell of 4 edges x {self.bins} "
+                "bins, and DistributionHead is for one. If bins= (reg_max + 1) is right, write an adapter "
+                "whose view gives DenseDetections.anchors, the boxes of all anchors"
+            )
         if self.support is not None and self.support.device != edges[0].device:
             self.support = self.support.to(edges[0].device)
         return DenseDetections(
-            classes=Maps(tuple(classes), (classes[0].shape[1] // anchors,), anchors),
-            edges=Maps(tuple(edges), (4, self.bins), anchors),
+            classes=Maps(tuple(classes), (classes[0].shape[1],)),
+            edges=Maps(tuple(edges), (4, self.bins)),
             strides=self.strides,
             centre=self.centre,
             support=self.support,
@@ -97,7 +106,10 @@ class DistributionHead(Adapter):
         )
 
     def targets(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> BoxTargets | None:
-        """Ground truth from torchvision's form, a list of dict(boxes, labels)."""
+        """Ground truth from torchvision's form, a list of dict(boxes, labels).
+
+        Raises ValueError for a box that is not finite or has no area (looked at on the CPU only).
+        """
         rows = super().targets(args, kwargs, given)
         if rows is None:
             return None
@@ -105,6 +117,8 @@ class DistributionHead(Adapter):
             isinstance(row, Mapping) and {"boxes", "labels"} <= row.keys() for row in rows
         ):
             raise ViewError("targets: expected a list of dict(boxes (k, 4) x1 y1 x2 y2, labels (k,)), one a picture")
+        for i, row in enumerate(rows):
+            check_boxes(i, row["boxes"])
         return BoxTargets([r["boxes"] for r in rows], [r["labels"] for r in rows], _sizes(_pictures(args, kwargs)))
 
     def widths(self, model: nn.Module, kind: type[View], at: tuple[str, ...] | None) -> list[int] | None:
@@ -114,36 +128,68 @@ class DistributionHead(Adapter):
         return kind is DenseDetections
 
     def proof(self, view: View, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Every predicted box must be one decoded from the tapped edges, with the tapped probability of its class."""
         assert isinstance(view, DenseDetections)
         assert view.edges is not None
         predictions = _predictions(output)
         sizes = _sizes(_pictures(args, kwargs))
-        low = view.edges.levels[0].dtype in (torch.float16, torch.bfloat16)
-        tolerance = TOLERANCE + (LOW_PRECISION * max(self.strides) * self.bins if low else 0.0)
-        boxes = _decoded(view, self.centre)
+        half = view.edges.levels[0].dtype in (torch.float16, torch.bfloat16)
+        boxes, probabilities = _decoded(view, self.centre), _probabilities(view)
         seen = 0
         for i, (row, size) in enumerate(zip(predictions, sizes, strict=True)):
-            predicted = row[:LOOKED_AT].to(boxes)
+            predicted = row["boxes"][:LOOKED_AT].to(boxes)
             if not len(predicted):
                 continue
             seen += len(predicted)
-            error = _furthest_unexplained(predicted, boxes[i], size)
-            if error > tolerance:
-                raise AdapterError(self._disagreement(view, predicted, i, size, error))
+            allowed = PIXELS + (HALF * predicted.abs().amax(1) if half else torch.zeros_like(predicted[:, 0]))
+            distance = _distances(predicted, boxes[i], size)
+            if not bool((distance.amin(1) <= allowed).all()):
+                raise AdapterError(self._unexplained_box(view, predicted, i, size, distance, allowed))
+            explains = distance <= allowed[:, None]
+            self._check_scores(row, i, probabilities[i], explains, 2 * HALF if half else SCORE)
         return seen > 0
 
-    def _disagreement(
-        self, view: DenseDetections, predicted: Tensor, image: int, size: tuple[int, int], error: float
+    def _unexplained_box(
+        self,
+        view: DenseDetections,
+        predicted: Tensor,
+        image: int,
+        size: tuple[int, int],
+        distance: Tensor,
+        allowed: Tensor,
     ) -> str:
         other = 0.5 if self.centre != 0.5 else 0.0
-        with_other = _furthest_unexplained(predicted, _decoded(view, other)[image], size)
-        hint = f" With centre={other} it would fit." if with_other < TOLERANCE else ""
+        from_there = _distances(predicted, _decoded(view, other)[image], size)
+        hint = f" With centre={other} it would fit." if bool((from_there.amin(1) <= allowed).all()) else ""
         return (
             f"the tapped distributions do not explain the detector's own boxes: one of picture {image} is "
-            f"{error:.2f} pixels from every box decoded from {', '.join(self.edges.paths)} "
+            f"{distance.amin(1).max().item():.2f} pixels from every box decoded from {', '.join(self.edges.paths)} "
             f"(strides {self.strides}, {self.bins} bins, centre {self.centre}).{hint} Look for a scale between the "
             "tapped layer and the softmax (tap its output), the order of levels, and the picture's size"
         )
+
+    def _check_scores(
+        self, row: Mapping[str, Tensor], image: int, probabilities: Tensor, explains: Tensor, allowed: float
+    ) -> None:
+        """probabilities: (N, C) of every anchor. explains: (P, N), whether an anchor has the predicted box."""
+        scores, labels = row["scores"][:LOOKED_AT].to(probabilities), row["labels"][:LOOKED_AT].long()
+        classes = probabilities.shape[1]
+        if not bool(((labels >= 0) & (labels < classes)).all()):
+            raise AdapterError(
+                f"the detector predicts label {labels.max().item()} in picture {image}, and "
+                f"{', '.join(self.classes.paths)} has {classes} classes: name the layer of the class logits, one "
+                "channel a label"
+            )
+        tapped = probabilities[:, labels].T  # (P, N)
+        error = (tapped - scores[:, None]).abs().masked_fill(~explains, torch.inf).amin(1)
+        if not bool((error <= allowed).all()):
+            raise AdapterError(
+                f"the tapped class logits do not explain the detector's own scores: one of picture {image} is "
+                f"{error.max().item():.3f} from the class probability by {', '.join(self.classes.paths)} of its label, "
+                "at the anchor of its box. Name the layer before the sigmoid, one channel a label. A head that "
+                "multiplies its class probabilities by something, as GFLv2 by a quality, needs an adapter that gives "
+                "the view's scores="
+            )
 
 
 def _place(paths: str | Sequence[str], levels: int, what: str) -> Place:
@@ -166,14 +212,16 @@ def _sizes(pictures: Any) -> list[tuple[int, int]]:
     return [(p.shape[-2], p.shape[-1]) for p in pictures]
 
 
-def _predictions(output: Any) -> list[Tensor]:
-    """The predicted boxes of each picture, best first."""
-    if not isinstance(output, Sequence) or not all(isinstance(row, Mapping) and "boxes" in row for row in output):
+def _predictions(output: Any) -> Sequence[Mapping[str, Tensor]]:
+    """The predicted boxes, scores and labels of each picture, best first."""
+    if not isinstance(output, Sequence) or not all(
+        isinstance(row, Mapping) and {"boxes", "scores", "labels"} <= row.keys() for row in output
+    ):
         raise AdapterError(
             f"in eval mode the detector returns {type(output).__name__}; "
             "to prove the taps, expected [dict(boxes, scores, labels)], one a picture, in pixels of the picture given"
         )
-    return [row["boxes"] for row in output]
+    return output
 
 
 def _decoded(view: DenseDetections, centre: float) -> Tensor:
@@ -187,10 +235,15 @@ def _decoded(view: DenseDetections, centre: float) -> Tensor:
     return decode(points, integral(edges, view.support) * strides[:, None])
 
 
-def _furthest_unexplained(predicted: Tensor, boxes: Tensor, size: tuple[int, int]) -> float:
-    """Of the predicted boxes (P, 4), the largest distance to the nearest decoded box: of four edges the largest."""
+def _probabilities(view: DenseDetections) -> Tensor:
+    """Every anchor's class probabilities: (B, N, C)."""
+    return view.classes.all().float().sigmoid() if view.scores is None else view.scores.all().float()
+
+
+def _distances(predicted: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Predicted (P, 4) to decoded boxes (N, 4), both clipped to the picture: (P, N), of four edges the largest."""
     height, width = size
     limit = boxes.new_tensor([width, height, width, height])
     clipped = torch.minimum(boxes.clamp(min=0), limit)
     predicted = torch.minimum(predicted.clamp(min=0), limit)
-    return torch.cdist(predicted, clipped, p=float("inf")).min(1).values.max().item()
+    return torch.cdist(predicted, clipped, p=float("inf"))

@@ -1,5 +1,6 @@
-"""The assigner of FCOS (Tian et al., arXiv:1904.01355, with centre sampling) and the regions LD's release made of it.
+"""For heads trained as FCOS (Tian et al., arXiv:1904.01355): its assigner with centre sampling, and LD's regions on it.
 
+Give them to a distiller, ``LD(FCOSMain())`` and ``LD(FCOSValuable())``, and the head ``DistributionHead(centre=0.5)``.
 Without anchor boxes there is no overlap: the main region are the positive points; the valuable region are the other
 points inside an object, which are negative only because of centre sampling or the range of sizes of their level.
 """
@@ -14,7 +15,7 @@ from torch import Tensor
 from distillkit.boxes.anchors import grid_points
 from distillkit.boxes.distribution import encode
 from distillkit.boxes.maps import Where
-from distillkit.boxes.regions import AnchorWeight, Detections, Truth, choose
+from distillkit.boxes.regions import VALUABLE_SHARE, AnchorWeight, Detections, Truth, choose
 
 #: a level of stride s takes objects whose farthest edge is up to 8 s away (64 pixels at stride 8)
 REACH = 8
@@ -91,6 +92,7 @@ class FCOSValuable:
 
     radius: float = 1.5
     name: ClassVar[str] = "valuable"
+    share: ClassVar[float] = VALUABLE_SHARE
 
     def __call__(
         self, view: Detections, targets: Truth, weight: AnchorWeight | None = None, dense: bool | None = None

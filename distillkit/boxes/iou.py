@@ -41,3 +41,19 @@ def enclosing_diagonal(a: Tensor, b: Tensor) -> Tensor:
     width = torch.maximum(a[..., 2], b[..., 2]) - torch.minimum(a[..., 0], b[..., 0])
     height = torch.maximum(a[..., 3], b[..., 3]) - torch.minimum(a[..., 1], b[..., 1])
     return width * width + height * height
+
+
+def check_boxes(target: int, boxes: Tensor) -> None:
+    """Raise ValueError naming the first box of target ``target`` that is not finite or not x1 < x2, y1 < y2.
+
+    Looked at only on the CPU: elsewhere it would wait for the device.
+    """
+    if boxes.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    good = boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    if not bool(good.all()):
+        at = int((~good).nonzero()[0])
+        raise ValueError(
+            f"target {target}: box {at} is {boxes[at].tolist()}; expected finite x1, y1, x2, y2 in pixels with x1 < x2 "
+            "and y1 < y2"
+        )

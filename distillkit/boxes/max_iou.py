@@ -1,4 +1,8 @@
-"""RetinaNet's assigner, by highest overlap (Lin et al., arXiv:1708.02002), and the regions LD's release made of it."""
+"""For heads trained as RetinaNet (Lin et al., arXiv:1708.02002): its assigner by overlap, and LD's regions on it.
+
+Give them to a distiller, ``LD(MaxIoUMain())`` and ``LD(MaxIoUValuable())``. They read the boxes of all anchors from the
+view (``boxes.shapes``), or one square a cell.
+"""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -7,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distillkit.boxes.maps import Where
-from distillkit.boxes.regions import AnchorWeight, Detections, Truth, Valuable, choose, matched
+from distillkit.boxes.regions import VALUABLE_SHARE, AnchorWeight, Detections, Truth, Valuable, choose, matched
 
 
 @torch.no_grad()
@@ -82,6 +86,7 @@ class MaxIoUValuable:
     valuable: Valuable = field(default_factory=Valuable)
     main: MaxIoUMain = field(default_factory=MaxIoUMain)
     name: ClassVar[str] = "valuable"
+    share: ClassVar[float] = VALUABLE_SHARE
 
     def __call__(
         self, view: Detections, targets: Truth, weight: AnchorWeight | None = None, dense: bool | None = None

@@ -1,4 +1,7 @@
-"""The region of rotated localization distillation: main and valuable in one. Zheng et al., arXiv:2204.05957."""
+"""For rotated RetinaNet, as in Rotated-LD (Zheng et al., arXiv:2204.05957): main and valuable region in one.
+
+Give it to a distiller, ``LD(Merged())``; the head's adapter gives the view its anchors' upright boxes.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,6 +26,7 @@ class Merged:
 
     gamma: float = 0.25
     name: ClassVar[str] = "merged"
+    level_means: ClassVar[bool] = True
 
     def __call__(
         self, view: Detections, targets: Truth, weight: AnchorWeight | None = None, dense: bool | None = None

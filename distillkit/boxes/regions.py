@@ -10,7 +10,7 @@ device. The dense one gives every anchor a weight, 0 outside, and waits for noth
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from distillkit.boxes.precision import at_least_float32
 
 Measure = Literal["diou", "release", "iou"]
 AnchorWeight = Literal["score", "iou", "one"]
+#: the release divides the sum over anchors and 4 edges by 16 in the valuable region, by 4 in the main region
+VALUABLE_SHARE = 0.25
 
 
 class Detections(Protocol):
@@ -64,7 +66,8 @@ class Region(Protocol):
     Returns:
         where, and the weights in the order of ``Maps.at(where)``: (M,) or (B*N,).
 
-    ``name`` is the word for it in the names of losses; two regions of one name are measured alike.
+    ``name`` is the word for it in the names of losses. A region may also have ``share``, what ``LD`` multiplies its
+    loss by (1 without), and ``level_means``: True where the release averages over the anchors of each level.
     """
 
     @property
@@ -73,6 +76,14 @@ class Region(Protocol):
     def __call__(
         self, view: Detections, targets: Truth, weight: AnchorWeight | None = None, dense: bool | None = None
     ) -> tuple[Where, Tensor]: ...
+
+
+def check_region(region: Any, weight: AnchorWeight | None) -> None:
+    """Raise ValueError unless a distiller was given a region, made and not just named, and a weight that exists."""
+    if isinstance(region, type) or not callable(region) or not hasattr(region, "name"):
+        raise ValueError(f"region must be a region object such as Main(), got {region!r}")
+    if weight not in (None, *get_args(AnchorWeight)):
+        raise ValueError(f"anchor_weight must be 'score', 'iou', 'one' or None, got {weight!r}")
 
 
 @dataclass(frozen=True)
@@ -103,14 +114,14 @@ class Valuable:
     Args:
         gamma: lower bound as a share of the positive threshold, 0..1; the smaller, the larger the region; 1 is empty.
         measure: see ``valuable_weight``; the published code used "release", the paper describes "diou", the default.
-        exclude_positives: leave out anchors of the main region (the release does so for RetinaNet only).
         topk: candidates a level of the assigner, which sets the threshold.
+        share: what ``LD`` multiplies the loss by; the release divides by 16 here and by 4 in the main region.
     """
 
     gamma: float = 0.25
     measure: Measure = "diou"
-    exclude_positives: bool = False
     topk: int = 9
+    share: float = VALUABLE_SHARE
     name: ClassVar[str] = "valuable"
 
     def __post_init__(self) -> None:
@@ -123,8 +134,8 @@ class Valuable:
         """(B, N) overlap of every anchor of the region with its object, 0 outside."""
         rows = []
         for m, boxes in zip(matched(view, targets, self.topk), targets.boxes):
-            row = valuable_weight(m.anchors, boxes, m.assignment.threshold, self.gamma, self.measure, m.iou) * m.valid
-            rows.append(row * (m.assignment.gt_index < 0) if self.exclude_positives else row)
+            row = valuable_weight(m.anchors, boxes, m.assignment.threshold, self.gamma, self.measure, m.iou)
+            rows.append(row * m.valid)
         return torch.stack(rows)
 
     def __call__(
@@ -139,21 +150,18 @@ class MainAndValuable:
 
     Args:
         main: the main region.
-        valuable: the valuable region.
-        share: what the weights of the valuable region are multiplied by; the release divides by 16 there and by 4 in
-            the main region, hence a quarter.
+        valuable: the valuable region; its weights are multiplied by its ``share``.
     """
 
     main: Main = field(default_factory=Main)
     valuable: Valuable = field(default_factory=Valuable)
-    share: float = 0.25
     name: ClassVar[str] = "main_valuable"
 
     def __call__(
         self, view: Detections, targets: Truth, weight: AnchorWeight | None = None, dense: bool | None = None
     ) -> tuple[Where, Tensor]:
         main = (self.main.overlaps(view, targets), weight or "score", 1.0)
-        valuable = (self.valuable.overlaps(view, targets), weight or "iou", self.share)
+        valuable = (self.valuable.overlaps(view, targets), weight or "iou", self.valuable.share)
         return choose(view, [main, valuable], dense)
 
 

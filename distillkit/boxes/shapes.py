@@ -1,4 +1,7 @@
-"""Anchor sets with several anchors a cell, as RetinaNet has them (Lin et al., arXiv:1708.02002)."""
+"""For heads with several anchors a cell, as RetinaNet (Lin et al., arXiv:1708.02002): the boxes of all anchors.
+
+They are the ``anchors`` of the ``DenseDetections`` that such a head's adapter gives; ``DistributionHead`` has none.
+"""
 
 from collections.abc import Sequence
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from distillkit.core.errors import ViewError
-from distillkit.core.taps import Place, module_name
+from distillkit.core.taps import Place, channel_ranges, module_name
 from distillkit.core.views import ClassLogits, Features, View
 
 Norm = tuple[tuple[float, ...], tuple[float, ...]]
@@ -39,10 +40,14 @@ class Adapter:
         if kind is Features and at:
             return (Place(at),)
         if kind is Features:
-            raise ViewError(f"{type(model).__name__}: say where features are read, as in student_at='layer4'")
+            raise ViewError(
+                f"{type(model).__name__}: say where its features are read, as in student_at='layer4' for "
+                "the student, or teacher_at='layer4' for a teacher"
+            )
         raise ViewError(
             f"{type(self).__name__} finds no {kind.__name__} in {type(model).__name__}; pass adapter=, "
-            "e.g. distillkit.DistributionHead(...) for a dense detector"
+            "e.g. distillkit.DistributionHead(...) for a dense detector (a model of kind: custom in a recipe: let its "
+            "registered builder return (model, adapter))"
         )
 
     def view(self, model: nn.Module, kind: type[View], tensors: list[Tensor], output: Any) -> View:
@@ -52,15 +57,22 @@ class Adapter:
         return ClassLogits(tensors[0] if tensors else _logits(output, type(model).__name__))
 
     def losses(self, output: Any) -> dict[str, Tensor]:
-        """The task losses that the student computed by itself; {} where it computes none."""
+        """The task losses that the student computed by itself; {} where it computes none.
+
+        They are looked for in a 0-dim tensor; an entry or attribute ``loss``; the entries of a dict, where lists are
+        summed up, as OpenMMLab's heads give them; and the first element of a tuple. An entry is a loss if it is a
+        tensor of one element that takes gradient (metrics do not), or has "loss" in its name: what that holds is
+        handed on as it is, for ``wrap`` to refuse if it is no scalar.
+        """
         if isinstance(output, Tensor):
             return {"task": output} if output.dim() == 0 else {}
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if isinstance(loss, Tensor):
-            return {"task": loss}
+        if loss is not None:
+            found = _losses({"loss": loss})
+            return {"task": found["loss"]} if found else {}
         if isinstance(output, Mapping):
-            return {k: v for k, v in output.items() if isinstance(v, Tensor) and v.dim() == 0}
-        return {}
+            return _losses(output)
+        return self.losses(output[0]) if isinstance(output, tuple | list) and output else {}
 
     def targets(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> Any:
         """What the distillers get as targets.
@@ -74,7 +86,10 @@ class Adapter:
         return kwargs.get("targets", kwargs.get("labels", args[1] if len(args) > 1 else None))
 
     def without_targets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The student's arguments as a teacher in eval mode takes them."""
+        """The call of a student that takes targets itself, as a model in eval mode takes it.
+
+        A call that a criterion has taken the targets from stays as it is.
+        """
         return args[:1], {k: v for k, v in kwargs.items() if k not in TARGETS}
 
     def widths(self, model: nn.Module, kind: type[View], at: tuple[str, ...] | None) -> list[int] | None:
@@ -82,7 +97,7 @@ class Adapter:
         if kind is not Features or at is None:
             return None
         modules = dict(model.named_modules())
-        widths = [_width(modules[name]) if (name := module_name(path)) in modules else None for path in at]
+        widths = [_width(modules[name], path) if (name := module_name(path)) in modules else None for path in at]
         known = [w for w in widths if w is not None]
         return known if len(known) == len(at) else None
 
@@ -95,6 +110,23 @@ class Adapter:
 
     def needs_proof(self, kind: type[View]) -> bool:
         return False
+
+
+def _losses(entries: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Those entries of a student's output that are losses."""
+    losses = {}
+    for name, value in entries.items():
+        if isinstance(value, list | tuple) and value and all(_is_one_number(v) for v in value):
+            value = torch.stack([v.reshape(()) for v in value]).sum()
+        if isinstance(value, Tensor) and torch.is_grad_enabled() and not value.requires_grad:
+            continue
+        if _is_one_number(value) or ("loss" in name and value is not None):
+            losses[name] = value
+    return losses
+
+
+def _is_one_number(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() <= 1 and value.numel() == 1
 
 
 def said_by(model: nn.Module) -> Norm | None:
@@ -121,10 +153,12 @@ def _logits(output: Any, model: str) -> Tensor:
     return output
 
 
-def _width(module: nn.Module) -> int | None:
-    """Output channels of a module: those of the last layer in it that says so."""
+def _width(module: nn.Module, path: str) -> int | None:
+    """Channels that a path to a module means: those of the last layer in it that says so, less what ``path`` cuts."""
     for layer in reversed(list(module.modules())):
         for attribute in ("out_channels", "num_features", "out_features"):
-            if isinstance(getattr(layer, attribute, None), int):
-                return getattr(layer, attribute)
+            if isinstance(width := getattr(layer, attribute, None), int):
+                for cut in channel_ranges(path):
+                    width = len(range(width)[cut])
+                return width
     return None

@@ -54,6 +54,20 @@ class Weight:
             return self.end + (self.value - self.end) * 0.5 * (1 + torch.cos(math.pi * t))
         return self.value * (step < self.steps)
 
+    def is_over(self, step: int) -> bool:
+        """Whether the weight is 0 at ``step`` and at every later one."""
+        if self.kind == "constant":
+            return self.value == 0
+        last = {"warmup": self.value, "linear": self.end, "cosine": self.end, "until": 0.0}[self.kind]
+        return last == 0 and step >= self.steps
+
+    def applied(self, loss: Tensor, step: Tensor) -> Tensor:
+        """The loss times the weight at ``step``; exactly 0 where the weight is, also of a loss that is not finite."""
+        weight = self.at(step)
+        if isinstance(weight, Tensor):
+            return torch.where(weight == 0, torch.zeros_like(loss), weight * loss)
+        return weight * loss if weight else torch.zeros_like(loss)
+
 
 def weight_of(weight: float | Weight) -> Weight:
     return weight if isinstance(weight, Weight) else Weight(float(weight))

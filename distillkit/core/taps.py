@@ -37,7 +37,10 @@ class AllTapsFired(Exception):  # noqa: N818 - a signal, not an error
 
 
 class TappedHooks(OrderedDict[int, Callable[..., Any]]):
-    """A module's forward hooks while it is tapped. Its copies and pickles are the hooks without the tap."""
+    """A module's forward hooks while it is tapped. Its copies and pickles are the hooks without the tap.
+
+    It stays after the last tap where the user has registered hooks since: their handles know this dict.
+    """
 
     def __init__(self, hooks: dict[int, Callable[..., Any]]):
         super().__init__((key, _Forwarded(hooks, key)) for key in hooks)
@@ -148,10 +151,15 @@ class Taps:
             if not isinstance(hooks, TappedHooks):
                 continue
             hooks.pop(id(self), None)
-            if not any(isinstance(hook, _Hook) for hook in hooks.values()):
-                hooks.untapped.update(hooks.users())  # the dict that the handles of the user's hooks know
+            for key in [k for k, hook in hooks.items() if isinstance(hook, _Forwarded) and k not in hooks.untapped]:
+                del hooks[key]  # the user removed what it forwarded to
+            if all(isinstance(hook, _Forwarded) for hook in hooks.values()):
                 module._forward_hooks = hooks.untapped
         self._modules = {}
+
+
+def is_tapped(module: nn.Module) -> bool:
+    return any(isinstance(hook, _Hook) for hook in module._forward_hooks.values())
 
 
 def _miscount(role: str, name: str, fired: int, declared: int) -> str:
@@ -173,6 +181,12 @@ def _plain(name: str) -> str:
 def module_name(path: str) -> str:
     """A path less its brackets."""
     return _plain(path.split("[", 1)[0])
+
+
+def channel_ranges(path: str) -> list[slice]:
+    """The channel ranges in a path's brackets, in order."""
+    found = re.findall(r"\[(-?\d*):(-?\d*)\]", path)
+    return [slice(*(int(end) if end else None for end in ends)) for ends in found]
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

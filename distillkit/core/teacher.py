@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillkit.core.adapter import Adapter, Norm
+from distillkit.core.adapter import Adapter, Norm, said_by
 from distillkit.core.errors import TeacherModeError, WrapError
+
+log = logging.getLogger("distillkit")
 
 Feed = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -193,3 +196,24 @@ class Renormalise:
         if self.scale.device != pictures.device:  # once, not a copy to the device in every step
             self.scale, self.shift = self.scale.to(pictures.device), self.shift.to(pictures.device)
         return pictures * self.scale + self.shift
+
+
+def renormalisation(adapter: Adapter, student: nn.Module, name: str, teacher: Teacher) -> Renormalise | None:
+    """What the student's input has to go through for a teacher that was trained on another; None: nothing.
+
+    Raises WrapError for a teacher that was given mean and std where the student's are not known.
+    """
+    given = adapter.normalisation(student)
+    theirs = teacher.adapter or adapter
+    # an adapter that is the student's too speaks of the student's input: what the teacher's model says goes first
+    wanted = teacher.norm or (said_by(teacher.model) if theirs is adapter else None)
+    wanted = wanted or theirs.normalisation(teacher.model)
+    if teacher.norm and not given:
+        raise WrapError(
+            f"teacher {name!r} was given mean and std, but what the student's input is normalised with is not known: "
+            "pass adapter=Adapter(mean=..., std=...)"
+        )
+    if not wanted or not given or wanted == given:
+        return None
+    log.warning("teacher %r: input re-normalised from mean %s std %s to mean %s std %s", name, *given, *wanted)
+    return Renormalise(given, wanted)

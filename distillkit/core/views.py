@@ -26,10 +26,6 @@ class View:
         """What of this teacher view has no partner in the student's, in words; said once, at the first step."""
         return []
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The model's own tensors in this view (used to check that a loss can reach the student)."""
-        raise NotImplementedError(f"{type(self).__name__}.tensors() is missing: list the view's tensors")
-
 
 @dataclass(frozen=True)
 class ClassLogits(View):
@@ -45,16 +41,12 @@ class ClassLogits(View):
             )
         return self
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.logits,)
-
 
 @dataclass(frozen=True)
 class Features(View):
-    """maps: feature maps (B, C, H, W), or token sequences (B, N, C). strides: of each map, where known."""
+    """maps: feature maps (B, C, H, W), or token sequences (B, N, C)."""
 
     maps: tuple[Tensor, ...]
-    strides: tuple[float, ...] | None = None
 
     def match(self, student: Features) -> Features:
         if len(self.maps) != len(student.maps):
@@ -63,9 +55,6 @@ class Features(View):
                 "name the same number of paths on both sides"
             )
         return self
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.maps
 
 
 @dataclass(frozen=True)
@@ -102,9 +91,6 @@ class DenseDetections(View):
             if self.support is not None
             else torch.arange(self.edges.shape[-1], device=self.edges.levels[0].device, dtype=torch.float32)
         )
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.classes.levels + (self.edges.levels if self.edges else ())
 
     def unmatched(self, student: DenseDetections) -> list[str]:
         left = [stride for stride in self.strides if stride not in student.strides]

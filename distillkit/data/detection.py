@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,12 @@ from torch.utils.data import Dataset
 from distillkit.data.problems import DataError, Findings, Problem, listing
 from distillkit.data.transforms import Resize, Sample, Transform, generator_for, sample_of
 
+log = logging.getLogger("distillkit.data")
+
 #: how far, in pixels, a box may reach over the picture's border before it is called a mistake (files round to pixels)
 SLACK = 1.0
+#: what is done with a box that nothing can be learned from
+LEFT_OUT = "it is left out of training, but evaluation counts it as a box that was missed; correct or remove it"
 
 Box = tuple[float, float, float, float]
 
@@ -90,8 +94,8 @@ class PictureDetection(Dataset[tuple[Tensor, dict[str, Any]]]):
     boxes refer to the stored pixels. Pictures without boxes are kept.
 
     Raises DataError when it is built on annotations that cannot be used, and at reading for a picture that cannot be
-    decoded or is not of the annotated size. Boxes that nothing can be learned from are left out of the targets with one
-    warning that names them.
+    decoded or is not of the annotated size. Boxes that nothing can be learned from are left out of the targets; the log
+    "distillkit.data" gets one warning that names them.
     """
 
     def __init__(self, split: Split, transform: Transform | None = None, seed: int = 0):
@@ -99,7 +103,7 @@ class PictureDetection(Dataset[tuple[Tensor, dict[str, Any]]]):
         if fatal:
             raise DataError(fatal)
         if split.problems:
-            warnings.warn(listing(split.problems, 3), stacklevel=3)
+            log.warning(listing(split.problems, 3))
         self.classes = split.classes
         self.category_ids = split.category_ids
         self.records = split.records
@@ -116,6 +120,11 @@ class PictureDetection(Dataset[tuple[Tensor, dict[str, Any]]]):
         image, target = self.transform(samples, generator)
         record = self.records[index]
         return image, target | {"image_id": record.image_id, "size": record.size}
+
+    @property
+    def usable_boxes(self) -> int:
+        """How many boxes can be learned, and found: neither crowds nor broken ones."""
+        return sum(int((record.usable & ~record.crowd).sum()) for record in self.records)
 
     def load(self, index: int) -> Sample:
         """Picture ``index`` as it is on disk, with the boxes to be learned."""
@@ -196,11 +205,11 @@ def examine(box: Box, size: tuple[int, int], id: str, findings: Findings) -> boo
         findings.add(id, f"{shown} is not finite", "write four finite numbers x, y, width, height")
         return None
     if w <= 0 or h <= 0:
-        findings.add(id, f"{shown} has no area", "it is left out of training; correct or remove it", fatal=False)
+        findings.add(id, f"{shown} has no area", LEFT_OUT, fatal=False)
         return False
     if x >= width or y >= height or x + w <= 0 or y + h <= 0:
         what = f"{shown} lies outside the picture of {width} x {height}"
-        findings.add(id, what, "it is left out of training; correct or remove it", fatal=False)
+        findings.add(id, what, LEFT_OUT, fatal=False)
         return False
     if x < -SLACK or y < -SLACK or x + w > width + SLACK or y + h > height + SLACK:
         what = f"{shown} reaches outside the picture of {width} x {height}"

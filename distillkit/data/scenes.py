@@ -32,8 +32,8 @@ SPLITS = {
 }
 ENLARGED = 6  # pixels a side for each of the 8 x 8 of a digit
 GLYPH = 10 * ENLARGED  # with an empty margin of one of them, which rounds strokes that reach the border
-TURN = math.radians(40)  # digits are turned by up to this; more would make a 6 of a 9
-SIDES = (0.16, 0.45)  # height of a digit's 8 x 8 field as a share of the scene's shorter side
+TURN = math.radians(30)  # digits are turned by up to this; much more would make a 6 of a 9
+SIDES = (0.25, 0.55)  # height of a digit's 8 x 8 field as a share of the scene's shorter side
 CONTRAST = (0.3, 0.6)  # distance of a digit's brightness (0..1) from what lies under it
 OVERLAP = 0.1  # of the smaller of two boxes; drawn pixels never touch
 TRIES = 8  # to place a digit before it is given up

@@ -1,5 +1,9 @@
 """What the distillers of dense detectors share: checks that two heads can be compared, and averages over anchors."""
 
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 
 from distillkit.boxes.maps import Maps, Where
@@ -40,8 +44,25 @@ def check_edges(student: DenseDetections, teacher: DenseDetections) -> tuple[Map
         raise ValueError(
             f"the student has {s.shape[0]} edges a box, the teacher {t.shape[0]}; name the same edges= on both sides"
         )
+    if student.support is not teacher.support and not torch.compiler.is_compiling():
+        _check_support(student.support, teacher.support, s.shape[-1])
     check_grids(student, teacher)
     return s, t
+
+
+@lru_cache(maxsize=8)  # one look at the values, which waits for the device, and not one a step
+def _check_support(student: Tensor | None, teacher: Tensor | None, bins: int) -> None:
+    """Raise ValueError unless the bins of both have the same values; None: 0..K-1."""
+    mine, theirs = (list(range(bins)) if values is None else values.tolist() for values in (student, teacher))
+    if len(mine) != len(theirs) or any(abs(a - b) > 1e-4 for a, b in zip(mine, theirs, strict=True)):
+        raise ValueError(
+            f"the student's bins stand at {_values(mine)} strides, the teacher's at {_values(theirs)}; build both "
+            "heads with the same bins"
+        )
+
+
+def _values(values: Sequence[float]) -> str:
+    return "[" + ", ".join(f"{v:g}" for v in values) + "]"
 
 
 def mean_count(selected: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from distillkit.boxes.precision import at_least_float32
-from distillkit.boxes.regions import AnchorWeight, Region
+from distillkit.boxes.regions import AnchorWeight, Region, check_region
 from distillkit.core.distiller import Distiller
 from distillkit.core.schedule import Weight
 from distillkit.core.views import BoxTargets, ClassLogits, DenseDetections
@@ -47,7 +47,8 @@ class LogitKD(Distiller):
     release trains on in silence, here it is an error.
 
     Raises:
-        ValueError: temperature below 1; unknown words; numbers of classes that differ; softmax over one class.
+        ValueError: temperature below 1; unknown words; a region that is none;
+            numbers of classes that differ; softmax over one class.
     """
 
     short_name = "kd"
@@ -66,6 +67,8 @@ class LogitKD(Distiller):
         teacher: str | None = None,
         name: str | None = None,
     ):
+        if region is not None:
+            check_region(region, anchor_weight)
         super().__init__(weight, teacher, name or (f"{self.short_name}_{region.name}" if region else self.short_name))
         if temperature < 1:
             raise ValueError(f"temperature must be at least 1, got {temperature}")

@@ -9,7 +9,7 @@ from torch import nn
 from distillkit.boxes.regions import AnchorWeight, Region
 from distillkit.core.schedule import Weight
 from distillkit.core.teacher import EMATeacher, Teacher
-from distillkit.distillers.ld import LD
+from distillkit.distillers.ld import LD, Normalize
 
 
 class SelfLD(LD):
@@ -38,8 +38,20 @@ class SelfLD(LD):
         convention: Literal["default", "release"] = "default",
         dense: bool | None = None,
         name: str | None = None,
+        bin_reduction: Literal["mean", "sum"] = "mean",
+        normalize: Normalize = "images",
     ):
-        super().__init__(region, temperature, weight, anchor_weight, convention, dense, name=name)
+        super().__init__(
+            region,
+            temperature,
+            weight,
+            anchor_weight,
+            convention,
+            dense,
+            name=name,
+            bin_reduction=bin_reduction,
+            normalize=normalize,
+        )
         # neither is a module, so a frozen teacher is no part of what is trained or saved
         self._own_teacher = EMATeacher(decay) if checkpoint is None else Teacher(checkpoint)
 

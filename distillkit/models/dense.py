@@ -13,6 +13,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from distillkit.boxes.anchors import grid_points, inside
 from distillkit.boxes.distribution import decode, integral
+from distillkit.boxes.iou import check_boxes
 
 Images = Sequence[Tensor] | Tensor
 Targets = Sequence[Mapping[str, Tensor]]
@@ -71,11 +72,11 @@ def to_batch(images: Images, multiple: int, fill: Tensor) -> tuple[Tensor, Sizes
 def split_targets(targets: Targets | None, images: int, num_classes: int) -> tuple[list[Tensor], list[Tensor]]:
     """Boxes and labels of every picture, checked.
 
-    The values of the labels are looked at only on the CPU: elsewhere it would wait for the device.
+    The values are looked at only on the CPU: elsewhere it would wait for the device.
 
     Raises:
-        ValueError: no targets, not one per picture, boxes that are not (k, 4), or a label outside 0..num_classes-1
-            (which would be trained as background without a word).
+        ValueError: no targets, not one per picture, boxes that are not (k, 4), or what would be trained as background
+            without a word: a box that is not finite or has no area, a label outside 0..num_classes-1.
     """
     if targets is None:
         raise ValueError("in train mode the detector is called model(images, targets); targets is missing")
@@ -89,6 +90,7 @@ def split_targets(targets: Targets | None, images: int, num_classes: int) -> tup
             raise ValueError(
                 f"target {i}: expected boxes (k, 4) and labels (k,), got {tuple(boxes.shape)} and {tuple(labels.shape)}"
             )
+        check_boxes(i, boxes)
         looked_at = labels.device.type == "cpu" and not torch.compiler.is_compiling() and len(labels) > 0
         if looked_at and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise ValueError(f"target {i}: labels {sorted(set(labels.tolist()))} are not all in 0..{num_classes - 1}")

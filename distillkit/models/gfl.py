@@ -49,10 +49,17 @@ class Scale(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.scale = nn.Parameter(torch.ones(1))  # of one dimension: FSDP2 shards no scalars
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """OpenMMLab's checkpoints hold scalars here."""
+        name = prefix + "scale"
+        if name in state_dict and state_dict[name].dim() == 0:
+            state_dict[name] = state_dict[name].view(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class FPN(nn.Module):

@@ -49,11 +49,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def explain_mismatch(path: str | Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise ValueError with the names that are missing, unexpected or of another shape, if there are any."""
+    """Raise ValueError with the names that are missing, unexpected or of another shape, if there are any.
+
+    A single number may have no dimension in the file and one in the model.
+    """
     misshapen = [
         f"{name} {tuple(found[name].shape)} in the file, {tuple(value.shape)} in the model"
         for name, value in wanted.items()
-        if name in found and found[name].shape != value.shape
+        if name in found and not _fits(found[name].shape, value.shape)
     ]
     groups = {
         "missing": [name for name in wanted if name not in found],
@@ -67,6 +70,10 @@ def explain_mismatch(path: str | Path, wanted: Mapping[str, Tensor], found: Mapp
     ]
     if wrong:
         raise ValueError(f"{path} does not fit the model: " + "; ".join(wrong))
+
+
+def _fits(found: torch.Size, wanted: torch.Size) -> bool:
+    return found == wanted or (found == () and wanted == (1,))
 
 
 def _load_torch(path: Path) -> Any:

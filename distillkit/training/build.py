@@ -6,23 +6,26 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from distillkit import plugins
-from distillkit import recipe as schema
+from distillkit import plugins, schema
+from distillkit import recipe as recipes
+from distillkit.adapters import with_adapter
 from distillkit.api import wrap
 from distillkit.boxes.regions import Main, MainAndValuable, Region, Valuable
+from distillkit.core.adapter import Adapter
 from distillkit.core.distiller import Distiller
 from distillkit.core.schedule import Weight
 from distillkit.core.teacher import Teacher
 from distillkit.core.wrap import DistilledModel
-from distillkit.data.coco import CocoDetection
+from distillkit.data.coco import CocoDetection, read_coco
+from distillkit.data.problems import DataError
 from distillkit.data.scenes import Scenes
 from distillkit.data.transforms import Augment, Resize, Transform
-from distillkit.data.voc import VocDetection
+from distillkit.data.voc import VOC_CLASSES, VocDetection
 from distillkit.distillers.feature_imitation import FeatureImitation
 from distillkit.distillers.ld import LD
 from distillkit.distillers.logit_kd import LogitKD
@@ -30,7 +33,7 @@ from distillkit.distillers.self_ld import SelfLD
 from distillkit.models.backbones import explain_mismatch, read_weights
 from distillkit.models.gfl import GFL, load_openmmlab
 from distillkit.models.nanodet import NanoDet, nanodet
-from distillkit.recipe import Recipe
+from distillkit.schema import Recipe
 from distillkit.training import checkpoint
 from distillkit.training.errors import RunError
 
@@ -66,6 +69,32 @@ def build_data(recipe: Recipe, split: Literal["train", "val", "test"], augmented
     return plugins.build("data", data.name, split=split, transform=transform, seed=recipe.seed, **data.options)
 
 
+class Classes(NamedTuple):
+    """classes: names by label. category_ids: the data's own number of each."""
+
+    classes: list[str]
+    category_ids: list[int]
+
+
+def build_classes(recipe: Recipe) -> Classes:
+    """The classes of a recipe's data, from the annotations of its val split alone: no picture need be there.
+
+    Raises:
+        DataError: annotations that name no class.
+    """
+    data = recipe.data
+    if isinstance(data, schema.CocoData):
+        there = read_coco(data.root, data.val, data.images.format(split="val"))
+        if not there.classes:
+            raise DataError(there.problems)
+        return Classes(there.classes, there.category_ids)
+    if isinstance(data, schema.VocData):
+        names = data.classes or VOC_CLASSES
+        return Classes(list(names), list(range(1, len(names) + 1)))
+    built = build_data(recipe, "val", augmented=False)
+    return Classes(built.classes, built.category_ids)
+
+
 def build_resize(data: schema.Data) -> Resize:
     """How pictures become the network's input wherever nothing is drawn at random: evaluation and prediction."""
     return Resize(_pair(data.size), data.keep_ratio, data.pad)
@@ -91,7 +120,8 @@ def build_model(config: schema.Model | schema.TeacherModel, classes: int, evalua
     """A detector for ``classes`` classes, with the weights of its ``checkpoint`` where there is one, in train mode.
 
     Raises:
-        RunError: a detector that cannot have this number of classes.
+        RunError: a detector that cannot have this number of classes; a registered builder that returns something else
+            than a model, or a model and its adapter.
         CheckpointError, ValueError, FileNotFoundError: its weights cannot be read, or do not fit.
     """
     if isinstance(config, schema.GFLModel):
@@ -109,7 +139,7 @@ def build_model(config: schema.Model | schema.TeacherModel, classes: int, evalua
     elif isinstance(config, schema.NanoDetModel):
         model = _nanodet(config, classes)
     else:
-        model = plugins.build("model", config.name, classes=classes, **config.options)
+        model = _custom(config, classes)
     if config.checkpoint:
         load_checkpoint(model, Path(config.checkpoint))
     if isinstance(model, GFL | NanoDet):
@@ -131,6 +161,17 @@ def _nanodet(config: schema.NanoDetModel, classes: int) -> nn.Module:
     return model
 
 
+def _custom(config: schema.CustomModel, classes: int) -> nn.Module:
+    built = plugins.build("model", config.name, classes=classes, **config.options)
+    match built:
+        case nn.Module():
+            return built
+        case (nn.Module() as model, Adapter() as adapter):
+            return with_adapter(model, adapter)
+    got = f"({', '.join(type(part).__name__ for part in built)})" if isinstance(built, tuple) else type(built).__name__
+    raise RunError(f"the builder of model {config.name!r}: expected it to return model or (model, adapter), got {got}")
+
+
 def load_checkpoint(model: nn.Module, path: Path) -> None:
     """Load weights of the whole model: ours (safetensors), OpenMMLab's of a GFL, or a state dict saved by torch."""
     if path.suffix == ".safetensors":
@@ -143,18 +184,21 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         model.load_state_dict(weights)
 
 
-def build_distillers(recipe: Recipe, names: Literal["all", "none"] | list[str], classes: int) -> list[Distiller]:
-    """The distillers of a row. Schedules of their weights count training calls, of which an optimizer step makes
-    ``train.accumulate``."""
+def build_distillers(
+    recipe: Recipe, names: Literal["all", "none"] | list[str], classes: int, train: schema.Train
+) -> list[Distiller]:
+    """The distillers of a row that is trained as ``train`` says. Schedules of their weights count training calls, of
+    which an optimizer step makes ``train.accumulate``."""
     if names == "none":
         return []
     chosen = [config for config in recipe.distillers if names == "all" or config.name in names]
-    return [_distiller(config, recipe, classes) for config in chosen]
+    return [_distiller(config, recipe, classes, train.accumulate) for config in chosen]
 
 
-def _distiller(config: schema.Distiller, recipe: Recipe, classes: int) -> Distiller:
+def _distiller(config: schema.Distiller, recipe: Recipe, classes: int, calls: int) -> Distiller:
+    """``calls``: training calls an optimizer step."""
     w = config.weight
-    weight = Weight(w.value, w.kind, w.steps * recipe.train.accumulate, w.end)
+    weight = Weight(w.value, w.kind, w.steps * calls, w.end)
     if isinstance(config, schema.LD):
         return LD(
             region=_region(config),
@@ -163,6 +207,8 @@ def _distiller(config: schema.Distiller, recipe: Recipe, classes: int) -> Distil
             anchor_weight=config.anchor_weight,
             convention=config.convention,
             teacher=config.teacher,
+            bin_reduction=config.bin_reduction,
+            normalize=config.normalize,
             name=config.name,
         )
     if isinstance(config, schema.SelfLD):
@@ -174,6 +220,8 @@ def _distiller(config: schema.Distiller, recipe: Recipe, classes: int) -> Distil
             decay=config.decay,
             anchor_weight=config.anchor_weight,
             convention=config.convention,
+            bin_reduction=config.bin_reduction,
+            normalize=config.normalize,
             name=config.name,
         )
     if isinstance(config, schema.LogitKD):
@@ -236,7 +284,7 @@ def teacher_configs(recipe: Recipe) -> dict[str, schema.TeacherModel]:
 
 def teacher_folder(name: str) -> str:
     """Where a run keeps what belongs to a teacher."""
-    return name if name == "teacher" else f"teacher-{schema.slug(name)}"
+    return name if name == "teacher" else f"teacher-{recipes.slug(name)}"
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

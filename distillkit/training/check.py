@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from distillkit import recipe as schema
+from distillkit import schema
+from distillkit.core.distiller import Distiller
 from distillkit.core.result import OUTPUT
 from distillkit.data.check import check_dataset
 from distillkit.data.coco import read_coco
 from distillkit.data.detection import Split
 from distillkit.data.voc import read_voc
-from distillkit.recipe import Recipe
+from distillkit.evaluation.coco import coco_metrics
+from distillkit.evaluation.predict import predict_dataset
+from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint
+from distillkit.training.errors import RunError
+from distillkit.training.evaluate import Share
+from distillkit.training.loop import check_settings
+from distillkit.training.possible import (
+    Planned,
+    check_judged,
+    check_optimizer,
+    check_taught,
+    planned,
+    teacher_place,
+)
 
 #: (what is being read, how many of it are done, how many there are)
 Progress = Callable[[str, int, int], None]
@@ -40,23 +57,35 @@ class Finding:
 
 
 def check(recipe: Recipe, progress: Progress | None = None) -> Iterator[Finding]:
-    """Read all data, build all models and make one training step of every row; findings as they are made.
+    """Read all data, build all models, make one training step of every row and score it on two pictures.
 
-    Nothing is written. Adapters compare what they tap with the detectors' own predictions in the step, as in training.
+    Findings are given as they are made, and nothing is written. Adapters compare what they tap with the detectors' own
+    predictions in the step, as in training.
     """
-    classes: dict[str, list[str]] = {}
-    for split in ("train", "val", "test"):
-        yield from _data(recipe, split, classes, progress)
-    first = next(iter(classes.values()), None)
-    for split, names in classes.items():
-        if names != first:
-            yield Finding("error", f"data.{split}", f"its classes are {names}, those of another split are {first}")
-    if first is not None and "train" in classes:
-        yield from _models(recipe, len(first))
+    with _quiet_data():
+        data: dict[str, build.DetectionData] = {}
+        for split in ("train", "val", "test"):
+            yield from _data(recipe, split, data, progress)
+        if "train" in data:
+            yield from _together(recipe, data)
+            yield from _models(recipe, data)
 
 
-def _data(recipe: Recipe, split: Any, classes: dict[str, list[str]], progress: Progress | None) -> Iterator[Finding]:
-    """All of a split's problems; its class names go into ``classes`` if it can be used."""
+@contextmanager
+def _quiet_data() -> Iterator[None]:
+    """What data sets warn of is listed as findings."""
+    log = logging.getLogger("distillkit.data")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def _data(
+    recipe: Recipe, split: Any, built: dict[str, build.DetectionData], progress: Progress | None
+) -> Iterator[Finding]:
+    """All of a split's problems; it goes into ``built`` if it can be used."""
     where, data = f"data.{split}", recipe.data
     if getattr(data, split, "custom") is None:
         return
@@ -71,11 +100,11 @@ def _data(recipe: Recipe, split: Any, classes: dict[str, list[str]], progress: P
         return
     try:
         dataset = build.build_data(recipe, split, augmented=split == "train")
-        dataset[(0, 0)]
+        dataset[0, 0]
     except Exception as error:
         yield _failed(where, error)
         return
-    classes[split] = list(dataset.classes)
+    built[split] = dataset
     yield Finding("ok", where, f"{len(dataset)} pictures, {len(dataset.classes)} classes")
 
 
@@ -85,43 +114,95 @@ def _annotations(data: schema.CocoData | schema.VocData, split: Any) -> Split:
     return read_voc(data.root, getattr(data, split), data.classes)
 
 
-def _models(recipe: Recipe, classes: int) -> Iterator[Finding]:
+def _together(recipe: Recipe, data: Mapping[str, build.DetectionData]) -> Iterator[Finding]:
+    """Splits that are right by themselves, and cannot be used for this run."""
+    first = data["train"].classes
+    for split, dataset in data.items():
+        if dataset.classes != first:
+            what = f"its classes are {dataset.classes}, those of data.train are {first}"
+            yield Finding("error", f"data.{split}", what)
+    trained = any(step.train.epochs for step in planned(recipe))
+    for boxes, split, wanted in ((check_taught, "train", trained), (check_judged, recipe.evaluate.split, True)):
+        if wanted and split in data:
+            try:
+                boxes(split, data[split])
+            except Exception as error:
+                yield _failed(f"data.{split}", error)
+
+
+def _models(recipe: Recipe, data: Mapping[str, build.DetectionData]) -> Iterator[Finding]:
+    classes = len(data["train"].classes)
+    trained = {step.where for step in planned(recipe)}
     teachers: dict[str, nn.Module] = {}
     for name, config in build.teacher_configs(recipe).items():
-        where = name if name == "teacher" else f"teachers.{name}"
+        where = teacher_place(name)
         try:
             teachers[name] = build.build_model(config, classes, recipe.evaluate)
+            if where not in trained:
+                _score(teachers[name], data)
+                yield Finding("ok", where, _described(teachers[name]))
         except Exception as error:
             yield _failed(where, error)
-        else:
-            yield Finding("ok", where, _described(teachers[name]))
     if len(teachers) < len(build.teacher_configs(recipe)):
         return
-    for i, row in enumerate(recipe.compare):
-        where = f"compare.{i} ({row.row})"
+    for step in planned(recipe):
         try:
-            yield Finding("ok", where, _step(recipe, row, classes, teachers))
+            yield from _rehearsed(recipe, step, teachers, data)
         except Exception as error:
-            yield _failed(where, error)
+            yield _failed(step.where, error)
 
 
-def _step(recipe: Recipe, row: schema.Row, classes: int, teachers: Mapping[str, nn.Module]) -> str:
-    """Build the row's student and make one step forward and back, as training does, from the same first weights."""
+def _rehearsed(
+    recipe: Recipe, step: Planned, teachers: Mapping[str, nn.Module], data: Mapping[str, build.DetectionData]
+) -> Iterator[Finding]:
+    """Build the model and make one step forward and back, as training does, from the same first weights; score it."""
+    check_settings(step.train, len(data["train"]), recipe.data.batch)
+    classes = len(data["train"].classes)
     checkpoint.seed_everything(recipe.seed)
-    student = build.build_model(schema.student_of(recipe, row.student), classes, recipe.evaluate)
-    distillers = build.build_distillers(recipe, row.distillers, classes)
-    wrapped = build.build_wrapped(recipe, student, teachers, distillers)
+    model = build.build_model(step.model, classes, recipe.evaluate)
+    distillers = build.build_distillers(recipe, step.distillers, classes, step.train)
+    items = [data["train"][0, i] for i in range(min(PICTURES, len(data["train"])))]
+    wrapped = build.build_wrapped(recipe, model, teachers, distillers)
     try:
-        data = build.build_data(recipe, "train", augmented=True)
-        items = [data[(0, i)] for i in range(min(PICTURES, len(data)))]
+        check_optimizer(step, wrapped)
         wrapped.train()
         losses = wrapped([image for image, _ in items], [target for _, target in items])
         losses.total.backward()
         wrapped.check_finite()
     finally:
         wrapped.unwrap()
-    said = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items() if name != OUTPUT)
-    return f"{_described(student)}; one step: {said}"
+    values = {name: value.item() for name, value in losses.items() if name != OUTPUT}
+    _score(model, data)
+    said = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+    yield Finding("ok", step.where, f"{_described(model)}; one step: {said}")
+    boxes = sum(len(target["boxes"]) for _, target in items)
+    idle = [name for name, value in values.items() if value == 0 and name not in _zero_at_first(distillers)]
+    if boxes and idle:
+        what = (
+            f"exactly 0 on {len(items)} pictures with {boxes} boxes: {', '.join(idle)}. If that goes on, nothing is "
+            "learned from it: compare the model's strides and anchors with the size of the boxes, and the regions of "
+            "the distillers with what they should cover"
+        )
+        yield Finding("warning", step.where, what)
+
+
+def _zero_at_first(distillers: Iterable[Distiller]) -> set[str]:
+    """Distillers whose first loss is rightly 0: their weight rises from 0, or they learn from the student's average."""
+    start = torch.zeros((), dtype=torch.int64)
+    return {d.name for d in distillers if float(d.weight.at(start)) == 0 or d.own_teacher() is not None}
+
+
+def _score(model: nn.Module, data: Mapping[str, build.DetectionData]) -> None:
+    """Score a model on the first and the last picture of val, where val can be read."""
+    if "val" not in data:
+        return
+    val = data["val"]
+    try:
+        found = predict_dataset(model, Share(val, 0, max(1, len(val) - 1)), batch=PICTURES)
+        coco_metrics(found, val)
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise RunError(f"cannot be scored on pictures of data.val: {kind}{error}") from error
 
 
 def _described(model: nn.Module) -> str:

@@ -12,4 +12,4 @@ class RunError(DistillError):
 
 
 class Interrupted(DistillError):  # noqa: N818  (it is an event; nothing is wrong)
-    """Ctrl-C: the running step was finished and saved."""
+    """Ctrl-C or SIGTERM: the running step was finished and saved."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 from accelerate.utils import gather_object
@@ -14,10 +12,10 @@ from torch import nn
 
 from distillkit.evaluation.coco import CocoResult, coco_metrics
 from distillkit.evaluation.predict import Progress, predict_dataset
-from distillkit.recipe import Recipe
-from distillkit.training import build, checkpoint
+from distillkit.schema import Recipe
+from distillkit.training import build
 from distillkit.training.build import DetectionData
-from distillkit.training.errors import RunError
+from distillkit.training.named import named_model
 from distillkit.training.processes import processes
 
 
@@ -54,46 +52,21 @@ def plain(result: CocoResult) -> dict[str, Any]:
     return {**result.numbers, "classes": {name: asdict(row) for name, row in result.classes.items()}}
 
 
-def evaluate(recipe: Recipe, model: str, split: Literal["train", "val", "test"]) -> CocoResult:
+def evaluate(recipe: Recipe, model: str | None, split: Literal["train", "val", "test"]) -> CocoResult:
     """Score a model of a recipe on a split, at the recipe's size, with a progress bar.
 
     Args:
-        model: "teacher" (or the name of one of several), "student" as the recipe has it, or a file with its weights.
+        model: what ``named_model`` takes; None: the student as the recipe has it.
 
     Raises:
-        RunError: no such model, or a teacher that is still to be trained. CheckpointError: weights that do not fit.
+        RunError: no such model, or one without trained weights. CheckpointError: weights that do not fit.
     """
     data = build.build_data(recipe, split, augmented=False)
     detector = named_model(recipe, model, len(data.classes))
     with ProgressBar(TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), transient=True) as bar:
-        task = bar.add_task(f"{model} on {split}", total=len(data))
+        task = bar.add_task(f"{model or 'student'} on {split}", total=len(data))
 
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
         return score(detector, data, recipe.data.batch, recipe.data.workers, progress)
-
-
-def named_model(recipe: Recipe, model: str, classes: int) -> nn.Module:
-    """The model that ``evaluate`` is asked for."""
-    teachers = build.teacher_configs(recipe)
-    if model == "student" or model not in teachers:
-        student = build.build_model(recipe.student, classes, recipe.evaluate)
-        if model != "student":
-            build.load_checkpoint(student, _existing(model, teachers))
-        return student
-    config = teachers[model]
-    teacher = build.build_model(config, classes, recipe.evaluate)
-    if config.train is not None and config.checkpoint is None:
-        weights = Path(recipe.output) / recipe.name / build.teacher_folder(model) / "final.safetensors"
-        if not weights.exists():
-            raise RunError(f"{model} is trained by the run, which has not done it yet: {weights} does not exist")
-        checkpoint.load_into(teacher, weights)
-    return teacher
-
-
-def _existing(model: str, teachers: Iterable[str]) -> Path:
-    if not Path(model).is_file():
-        names = ", ".join(["student", *teachers])
-        raise RunError(f"{model}: neither a file with weights of the student, nor one of {names}")
-    return Path(model)

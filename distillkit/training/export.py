@@ -14,9 +14,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from distillkit.recipe import Recipe
+from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint
+from distillkit.training.build import Classes
 from distillkit.training.errors import RunError
+from distillkit.training.named import named_model
 
 FORMATS = ("safetensors", "torch-export", "onnx")
 #: largest difference that still counts as the same, in units of the logits
@@ -36,12 +38,12 @@ class Dense(nn.Module):
 
 
 def export(
-    recipe: Recipe, weights: Path | None, folder: Path, formats: Sequence[str], console: Console | None = None
+    recipe: Recipe, weights: str | Path | None, folder: Path, formats: Sequence[str], console: Console | None = None
 ) -> dict[str, float]:
     """Write the student in each of ``formats`` and compare what was written with it.
 
     Args:
-        weights: of the student; None: as the recipe has it.
+        weights: what ``named_model`` takes: a row's name, or a file; None: the student as the recipe has it.
         folder: gets student.safetensors, student.pt2, student.onnx, and decode.json for the last two.
         formats: of ``FORMATS``.
 
@@ -49,18 +51,15 @@ def export(
         the largest difference of each format's outputs (safetensors: weights) from the student's.
 
     Raises:
-        RunError: a format that is not known, a student that has no plain dense part, packages that are missing, or a
-            difference above ``TOLERANCE``.
+        RunError: a format that is not known, a student without trained weights or with no plain dense part, packages
+            that are missing, or a difference above ``TOLERANCE``.
     """
     console = console or Console()
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise RunError(f"unknown format {unknown[0]!r}: one or several of {', '.join(FORMATS)}")
-    data = build.build_data(recipe, "val", augmented=False)
-    student = build.build_model(recipe.student, len(data.classes), recipe.evaluate)
-    if weights is not None:
-        build.load_checkpoint(student, weights)
-    student.eval()
+    data = build.build_classes(recipe)
+    student = named_model(recipe, weights, len(data.classes)).eval()
     folder.mkdir(parents=True, exist_ok=True)
 
     differences: dict[str, float] = {}
@@ -103,7 +102,7 @@ def _safetensors(student: nn.Module, path: Path) -> float:
     weights = student.state_dict()
     checkpoint.save_weights(path, weights)
     written = checkpoint.load_weights(path)
-    return max(float((written[k].double() - v.double()).abs().max()) for k, v in weights.items() if v.numel())
+    return _largest([written[name] for name in weights], list(weights.values()))
 
 
 def _torch_export(dense: Dense, pictures: Tensor, wanted: tuple[Tensor, ...], path: Path) -> float:
@@ -145,10 +144,12 @@ def _onnx(dense: Dense, pictures: Tensor, wanted: tuple[Tensor, ...], path: Path
 
 
 def _largest(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    return max(float((a - b).detach().abs().max()) for a, b in zip(got, wanted, strict=True))
+    """The largest difference; NaN where anything is NaN, which Python's ``max`` would lose."""
+    pairs = zip(got, wanted, strict=True)
+    return float(torch.stack([(a.double() - b.double()).detach().abs().max() for a, b in pairs if b.numel()]).max())
 
 
-def _decoding(student: Any, data: Any, pictures: Tensor) -> dict[str, Any]:
+def _decoding(student: Any, data: Classes, pictures: Tensor) -> dict[str, Any]:
     """All that turns the outputs into boxes."""
     return {
         "input": "pictures: (batch, 3, height, width), float32, red green blue, 0..1, not normalised",

@@ -14,19 +14,21 @@ from matplotlib.patches import Rectangle
 from PIL.Image import Image
 from PIL.Image import new as new_picture
 from torch import Tensor, nn
+from torchvision.ops import nms
 
 from distillkit.adapters import adapter_for
 from distillkit.boxes.anchors import grid_points
 from distillkit.boxes.distribution import encode
 from distillkit.boxes.regions import Main, Valuable
+from distillkit.core.side import Reading, Side
 from distillkit.core.views import BoxTargets, DenseDetections
-from distillkit.core.wrap import Reading, Side
 from distillkit.evaluation.draw import beside, draw_boxes
 
 #: readable on white, and apart for most colour-blind readers (Okabe and Ito)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MAIN, VALUABLE, TRUTH, TEACHER = "#D55E00", "#0072B2", "#222222", "#888888"
 EDGES = ("left", "top", "right", "bottom")
+SAME = 0.5  # IoU above which two boxes are about one object
 Sample = tuple[Tensor, dict[str, Any]]
 
 
@@ -50,20 +52,25 @@ def curves(rows: Mapping[str, list[dict[str, Any]]]) -> Figure:
             rows_with = [r for r in train[job] if r["losses"].get(name) is not None]
             values = _smooth(np.array([r["losses"][name] for r in rows_with]))
             axis.plot([r["step"] for r in rows_with], values, color=colour, label=job, lw=1.2)
-    axes[0].legend(fontsize=8)
+    axes[0].set(xlim=(0, None), ylim=(0, None))  # a job evaluated once is one point
+    axes[0].legend(fontsize=8, loc="lower left")
     for axis in axes:
         axis.set_xlabel("optimizer step", fontsize=8)
     return axes[0].figure  # type: ignore[return-value]
 
 
 def pictures(samples: Sequence[Sample], models: Mapping[str, nn.Module], classes: Sequence[str], above: float) -> Image:
-    """A row for each picture: the truth, then what each model finds with a score of at least ``above``."""
+    """A row for each picture: the truth, then what each model finds with a score of at least ``above``.
+
+    Of boxes that overlap by more than ``SAME``, of whatever class, only the best is drawn: a model in doubt between
+    classes would bury the object under its boxes.
+    """
     rows: list[Image] = []
     for image, target in samples:
         row = [draw_boxes(image, target["boxes"], target["labels"], None, classes, title="truth")]
         for name, model in models.items():
-            found = _predict(model, image)
-            row.append(draw_boxes(image, found["boxes"], found["labels"], found["scores"], classes, above, name))
+            boxes, labels, scores = _predict(model, image)
+            row.append(draw_boxes(image, boxes, labels, scores, classes, above, name))
         rows.append(beside(row))
     sheet = new_picture("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
     top = 0
@@ -169,7 +176,7 @@ def distributions(edge: Edge) -> Figure:
                 axis.plot(edge.bins.numpy(), rows[i].numpy(), "o-", color=colour, ms=3, lw=1.2, label=model)
         axis.axvline(float(edge.truth[i]), color=TRUTH, ls="--", lw=1, label="truth")
         axis.set_title(f"{name} edge", fontsize=10)
-        axis.set_xlabel(f"distance from the point, strides of {edge.stride} px", fontsize=8)
+        axis.set_xlabel(f"distance from the point, in strides of {edge.stride} px", fontsize=8)
     axes[1].set_ylabel("probability", fontsize=8)
     axes[-1].legend(fontsize=8)
     return figure
@@ -205,9 +212,12 @@ def _targets(sample: Sample, model: nn.Module) -> BoxTargets:
 
 
 @torch.no_grad()
-def _predict(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+def _predict(model: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes (k, 4), labels (k,) and scores (k,), the best of every place."""
     (found,) = model.eval()([image.to(_device(model))])
-    return {name: value.cpu() for name, value in found.items()}
+    boxes, labels, scores = (found[name].cpu() for name in ("boxes", "labels", "scores"))
+    best = nms(boxes, scores, SAME)
+    return boxes[best], labels[best], scores[best]
 
 
 def _device(model: nn.Module) -> torch.device:

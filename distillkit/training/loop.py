@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -33,16 +33,20 @@ from distillkit.data.sampler import collate, epoch_batches
 from distillkit.training import checkpoint
 from distillkit.training.errors import CheckpointError, Interrupted, RunError
 from distillkit.training.metrics import Metrics
-from distillkit.training.optim import MovingAverage, build_optimizer, learning_rate_factor
+from distillkit.training.optim import MovingAverage, build_optimizer, learning_rate_factor, warmup_steps
 from distillkit.training.processes import processes
 from distillkit.training.progress import Progress
+from distillkit.training.table import percent
 
 if TYPE_CHECKING:
     from distillkit.core.wrap import DistilledModel
-    from distillkit.recipe import Train
+    from distillkit.schema import Train
 
 #: Optimizer steps between two looks at the losses: the only place, beside checkpoints, where we wait for the device.
 LOOK_EVERY = 10
+
+#: Ctrl-C, and what schedulers and `kill` send
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Samples(Protocol):
@@ -96,11 +100,11 @@ def fit(job: Job, console: Console) -> dict[str, Any]:
     """Train ``job`` to its end, from its last checkpoint where there is one, and return what result.json holds.
 
     Raises:
-        Interrupted: after Ctrl-C; the step was finished and saved.
+        Interrupted: after Ctrl-C or SIGTERM; the step was finished and saved.
         NonFiniteLossError: names the loss and the step, seen at most ``LOOK_EVERY`` steps late.
         CheckpointError: the job's last.pt cannot be read.
     """
-    with _settings(job), _interruptible() as interrupt:
+    with _settings(job.train), _interruptible(console) as interrupt:
         run = Run(job, console)
         with run.progress:
             while run.at.epoch < job.train.epochs:
@@ -119,13 +123,29 @@ def fit(job: Job, console: Console) -> dict[str, Any]:
         return run.finish()
 
 
+def check_settings(train: Train, length: int, batch: int) -> None:
+    """What can be said of a training on ``length`` pictures before any model is built.
+
+    Raises:
+        RunError: a precision that this machine lacks, or a warm-up that the run would not leave.
+    """
+    with _settings(train):
+        world = _accelerator(train.amp).num_processes
+    warmup_steps(_optimizer_steps(train, len(epoch_batches(length, batch, world=world))), train.schedule)
+
+
+def _optimizer_steps(train: Train, batches: int) -> int:
+    """Of a whole run, whose epochs have ``batches`` batches for each process."""
+    return math.ceil(batches / train.accumulate) * train.epochs
+
+
 class Run:
     """The moving parts of one job."""
 
     def __init__(self, job: Job, console: Console):
         self.job = job
         self.accelerator = _accelerator(job.train.amp)
-        self.total = math.ceil(len(self._batches(epoch=0, start=0)) / job.train.accumulate) * job.train.epochs
+        self.total = _optimizer_steps(job.train, len(self._batches(epoch=0, start=0)))
         checkpoint.seed_everything(job.seed + self.accelerator.process_index)
 
         self.core = job.model
@@ -139,6 +159,8 @@ class Run:
         self.main = self.accelerator.is_main_process
         self.metrics = Metrics(job.folder, length, self.at.step) if self.main else None
         self.progress = Progress(job.name, self.total, self.at.step, job.train.epochs, console if self.main else None)
+        if self.at.step:
+            self.progress.say(f"goes on after step {self.at.step}")
         self.seen: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self.started = time.monotonic() - self.at.seconds
         self._train_mode()
@@ -244,7 +266,8 @@ class Run:
         numbers = {name: float(value) for name, value in scores.items() if isinstance(value, int | float)}
         if self.metrics:
             self.metrics.add({"kind": "evaluation", "step": self.at.step, "epoch": epoch, **numbers})
-        self.progress.say(f"after epoch {epoch}: " + "  ".join(f"{k} {v:.3f}" for k, v in list(numbers.items())[:3]))
+        when = f"after epoch {epoch}" if epoch else "as it came"
+        self.progress.say(f"{when}: " + "  ".join(f"{k} {percent(v)}" for k, v in list(numbers.items())[:3]))
 
     def _weights_to_keep(self) -> AbstractContextManager[None]:
         return self.average.in_place_of(self.student) if self.average else nullcontext()
@@ -334,12 +357,12 @@ def _accelerator(amp: str) -> Accelerator:
 
 
 @contextmanager
-def _settings(job: Job) -> Iterator[None]:
+def _settings(train: Train) -> Iterator[None]:
     """The recipe's number of threads; afterwards torch's global settings as they were."""
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
-    if job.train.threads:
-        torch.set_num_threads(job.train.threads)
+    if train.threads:
+        torch.set_num_threads(train.threads)
     try:
         yield
     finally:
@@ -348,8 +371,8 @@ def _settings(job: Job) -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets. A second Ctrl-C interrupts at once."""
+def _interruptible(console: Console) -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets. A second one does what it did before, as a rule interrupt at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -357,14 +380,21 @@ def _interruptible() -> Iterator[threading.Event]:
 
     def note(*_: Any) -> None:
         event.set()
-        signal.signal(signal.SIGINT, previous)
+        restore()
+        with suppress(RuntimeError):  # Python allows no print in the middle of another one
+            console.print("stopping after this step (or evaluation); Ctrl-C again stops at once", highlight=False)
 
-    previous = signal.signal(signal.SIGINT, note)
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    previous = {number: signal.signal(number, note) for number in INTERRUPTS}
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, previous)
+        restore()
 
 
 def _leave_interrupts_to_the_loop(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)

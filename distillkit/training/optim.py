@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from distillkit.training.errors import RunError
 
 if TYPE_CHECKING:
-    from distillkit.recipe import Optimizer as OptimizerConfig
-    from distillkit.recipe import Schedule as ScheduleConfig
+    from distillkit.schema import Optimizer as OptimizerConfig
+    from distillkit.schema import Schedule as ScheduleConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -52,28 +52,40 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     return torch.optim.AdamW(settings, lr=config.lr)
 
 
-def learning_rate_factor(step: int, total: int, epochs: int, config: ScheduleConfig) -> float:
-    """What the learning rates are multiplied by at optimizer step ``step`` (0 <= step < total), between 0 and 1.
-
-    ``step``: times ``gamma`` from each milestone (an epoch) on. ``cosine``: half a cosine from 1 after the warm-up
-    down to ``min_factor``. Warm-up multiplies by a line from ``warmup_factor`` at step 0 to 1 at step ``warmup``.
+def warmup_steps(total: int, config: ScheduleConfig) -> int:
+    """Length of the warm-up of a run of ``total`` optimizer steps: as written, or a tenth of the run, at most 500.
 
     Raises:
         RunError: a warm-up that the run would not leave.
     """
-    if config.warmup >= total:
+    if config.warmup is None:
+        return min(500, total // 10)
+    if config.warmup >= total > 0:
         raise RunError(
             f"train.schedule.warmup is {config.warmup} steps, but the whole run has {total}: the learning rate would "
-            "never be reached; shorten the warm-up or train for more epochs"
+            "never be reached; shorten the warm-up (null: a tenth of the run) or train for more epochs"
         )
+    return config.warmup
+
+
+def learning_rate_factor(step: int, total: int, epochs: int, config: ScheduleConfig) -> float:
+    """What the learning rates are multiplied by at optimizer step ``step`` (0 <= step < total), between 0 and 1.
+
+    ``step``: times ``gamma`` from each milestone (an epoch) on. ``cosine``: half a cosine from 1 after the warm-up
+    down to ``min_factor``. Warm-up multiplies by a line from ``warmup_factor`` at step 0 to 1 after ``warmup_steps``.
+
+    Raises:
+        RunError: a warm-up that the run would not leave.
+    """
+    warmup = warmup_steps(total, config)
     factor = 1.0
     if config.kind == "step":
         factor = config.gamma ** sum(step >= milestone * total / epochs for milestone in config.milestones)
     elif config.kind == "cosine":
-        t = max(step - config.warmup, 0) / (total - config.warmup)
+        t = max(step - warmup, 0) / (total - warmup)
         factor = config.min_factor + (1 - config.min_factor) * 0.5 * (1 + math.cos(math.pi * t))
-    if step < config.warmup:
-        factor *= config.warmup_factor + (1 - config.warmup_factor) * step / config.warmup
+    if step < warmup:
+        factor *= config.warmup_factor + (1 - config.warmup_factor) * step / warmup
     return factor
 
 

@@ -14,19 +14,20 @@ from torchvision.ops import clip_boxes_to_image
 
 from distillkit.data.transforms import Resize, sample_of
 from distillkit.evaluation.draw import draw_boxes
-from distillkit.recipe import Recipe
+from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint
 from distillkit.training.errors import RunError
+from distillkit.training.named import named_model
 from distillkit.training.processes import processes
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
-def predict(recipe: Recipe, weights: Path | None, images: list[Path], folder: Path) -> list[dict[str, Any]]:
-    """Find objects in pictures with a recipe's student.
+def predict(recipe: Recipe, weights: str | Path | None, images: list[Path], folder: Path) -> list[dict[str, Any]]:
+    """Find objects in pictures with a recipe's student. Boxes below the recipe's ``evaluate.score`` are left out.
 
     Args:
-        weights: of the student; None: as the recipe has it. Boxes below the recipe's ``evaluate.score`` are left out.
+        weights: what ``named_model`` takes: a row's name, or a file; None: the student as the recipe has it.
         images: pictures, or folders of them.
         folder: gets each picture with its boxes, NAME.png, and predictions.json.
 
@@ -35,12 +36,10 @@ def predict(recipe: Recipe, weights: Path | None, images: list[Path], folder: Pa
         pictures), category_id, category, bbox (x, y, width, height in pixels of the picture), score.
 
     Raises:
-        RunError: no pictures, one that cannot be read, or two of one name.
+        RunError: no pictures, one that cannot be read, or two of one name; a model without trained weights.
     """
-    data = build.build_data(recipe, "val", augmented=False)
-    model = build.build_model(recipe.student, len(data.classes), recipe.evaluate)
-    if weights is not None:
-        build.load_checkpoint(model, weights)
+    data = build.build_classes(recipe)
+    model = named_model(recipe, weights, len(data.classes))
     device = processes().device
     model.to(device).eval()
     resize = build.build_resize(recipe.data)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
@@ -61,6 +63,22 @@ class Progress:
     def _line(self, text: str) -> None:
         assert self.console is not None
         self.console.print(f"{self.name}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def scoring(text: str, pictures: int, console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Shows that a model is being scored: a bar that goes away on a terminal, one line elsewhere.
+
+    Gives what to call with (pictures done, pictures of this process).
+    """
+    if not console.is_terminal:
+        console.print(f"{text}, {pictures} pictures", markup=False, highlight=False, soft_wrap=True)
+        yield lambda done, total: None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn()
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(escape(text), total=pictures)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _minutes(seconds: float) -> str:

@@ -13,11 +13,10 @@ from matplotlib.figure import Figure
 from PIL.Image import Image
 from torch import nn
 
-from distillkit import __version__
-from distillkit import recipe as schema
+from distillkit import __version__, schema
 from distillkit.boxes.regions import Valuable
 from distillkit.core.errors import DistillError
-from distillkit.recipe import Recipe
+from distillkit.schema import Recipe
 from distillkit.training import checkpoint, figures, metrics
 from distillkit.training.table import cells
 
@@ -97,7 +96,8 @@ def _figures(
     models = {**teachers, **students}
     yield (
         "Pictures",
-        f"The first pictures of the split, with every box of a score of at least {DRAWN}.",
+        f"The first pictures of the {recipe.evaluate.split} split, and boxes found with a score of at least {DRAWN}. "
+        "Where boxes overlap by more than half (IoU), whatever their class, the best one is drawn.",
         "pictures",
         figures.pictures(samples, models, data.classes, DRAWN),
     )

@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
-import subprocess
-import sys
-from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from rich.console import Console
 from torch import nn
 
-from distillkit import recipe as schema
-from distillkit.recipe import Recipe
+from distillkit import recipe as recipes
+from distillkit import schema
+from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint
-from distillkit.training.errors import RunError
+from distillkit.training.errors import CheckpointError, RunError
 from distillkit.training.evaluate import plain, score
-from distillkit.training.loop import Job, fit
+from distillkit.training.folder import alone_in, changed_versions, check_owner, open_folder, versions
+from distillkit.training.loop import Job, check_settings, fit
+from distillkit.training.possible import check_judged, check_optimizer, check_taught, planned
 from distillkit.training.processes import processes
+from distillkit.training.progress import scoring
 from distillkit.training.report import write_report
 from distillkit.training.table import rich_table, write_table
 
-PACKAGES = (
-    "distillkit",
-    "torch",
-    "torchvision",
-    "timm",
-    "numpy",
-    "accelerate",
-    "pydantic",
-    "pycocotools",
-    "faster-coco-eval",
-)
+__all__ = ["Jobs", "open_folder", "run", "versions"]
 
 
 def run(recipe: Recipe, fresh: bool = False, console: Console | None = None, command: str = "the same command") -> Path:
@@ -54,18 +43,49 @@ def run(recipe: Recipe, fresh: bool = False, console: Console | None = None, com
         command: what to type to go on after an interruption.
 
     Raises:
-        RunError: the folder holds a run of another recipe, or the recipe cannot be run.
-        Interrupted: Ctrl-C; the run can be resumed.
+        RunError: the folder holds a run of another recipe, another process works in it, or the recipe cannot be run.
+            Nothing was changed then.
+        Interrupted, KeyboardInterrupt: Ctrl-C or SIGTERM; the run can be resumed.
     """
     state = processes()
     console = console or Console()
     if not state.is_main_process:
         console = Console(quiet=True)
     folder = Path(recipe.output) / recipe.name
-    if state.is_main_process:
-        open_folder(folder, recipe, fresh)
-    state.wait_for_everyone()
     jobs = Jobs(recipe, folder, console, command)
+    jobs.check(fresh)
+    if state.is_main_process:
+        check_owner(folder)
+    with _sigterm_as_ctrl_c(), alone_in(folder) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            open_folder(folder, recipe, fresh)
+            _say_changes(changed_versions(folder, recipe), console)
+        state.wait_for_everyone()
+        _do(jobs)
+    return folder
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _say_changes(changes: list[str], console: Console) -> None:
+    if changes:
+        text = f"since this run was begun: {'; '.join(changes)}; results may differ a little from those without a break"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _do(jobs: Jobs) -> None:
+    """All trainings, then what is written of them."""
+    recipe, folder, console, state = jobs.recipe, jobs.folder, jobs.console, processes()
     teachers = {name: jobs.teacher(name, config) for name, config in build.teacher_configs(recipe).items()}
     students = {row.row: jobs.row(row, teachers) for row in recipe.compare}
     if state.is_main_process:
@@ -74,7 +94,6 @@ def run(recipe: Recipe, fresh: bool = False, console: Console | None = None, com
         write_report(recipe, folder, jobs.table, jobs.judged, jobs.folders, teachers, students)
         console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
     state.wait_for_everyone()
-    return folder
 
 
 class Jobs:
@@ -100,23 +119,43 @@ class Jobs:
                     f"data.val has {', '.join(self.val.classes)}: the splits need the same classes in the same order"
                 )
 
+    def check(self, fresh: bool = False) -> None:
+        """Find now what would stop the run hours later, in all trainings that are still to be done.
+
+        Args:
+            fresh: none is done yet, whatever the folder holds.
+
+        Raises:
+            RunError: names the part of the recipe that cannot be done.
+        """
+        steps = [p for p in planned(self.recipe) if fresh or not (self.folder / p.folder / "result.json").exists()]
+        if any(step.train.epochs for step in steps):
+            check_taught("train", self.train)
+        check_judged(self.recipe.evaluate.split, self.judged)
+        for step in steps:
+            try:
+                check_settings(step.train, len(self.train), self.recipe.data.batch)
+                check_optimizer(step, self._model(step.model))
+            except RunError as error:
+                raise RunError(f"{step.where}: {error}") from error
+
     def teacher(self, name: str, config: schema.TeacherModel) -> nn.Module:
         """A teacher as it comes, or trained now if its block says so; evaluated either way."""
         folder = self._folder(name, build.teacher_folder(name))
         model = self._model(config)
         minutes = None
         if config.train is not None and config.checkpoint is None:
-            minutes = self._fit(name, folder, model, schema.train_of(self.recipe, config.train), "none", {})["minutes"]
+            minutes = self._fit(name, folder, model, recipes.train_of(self.recipe, config.train), "none", {})
         self._judge(name, folder, model, minutes)
         return model
 
     def row(self, row: schema.Row, teachers: Mapping[str, nn.Module]) -> nn.Module:
         """One student, trained as its row says."""
-        model = self._model(schema.student_of(self.recipe, row.student))
-        folder = self._folder(row.row, schema.slug(row.row))
-        train = schema.train_of(self.recipe, row.train)
-        result = self._fit(row.row, folder, model, train, row.distillers, teachers)
-        self._judge(row.row, folder, model, result["minutes"])
+        model = self._model(recipes.student_of(self.recipe, row.student))
+        folder = self._folder(row.row, recipes.slug(row.row))
+        train = recipes.train_of(self.recipe, row.train)
+        minutes = self._fit(row.row, folder, model, train, row.distillers, teachers)
+        self._judge(row.row, folder, model, minutes)
         return model
 
     def _folder(self, name: str, below: str) -> Path:
@@ -138,12 +177,12 @@ class Jobs:
         train: schema.Train,
         distillers: Any,
         teachers: Mapping[str, nn.Module],
-    ) -> dict[str, Any]:
-        """Train ``model`` unless it was; it holds its final weights afterwards."""
+    ) -> float | None:
+        """Train ``model`` unless it was; it holds its final weights afterwards. The minutes; None without epochs."""
         if not (folder / "result.json").exists():
             data = self.recipe.data
             wrapped = build.build_wrapped(
-                self.recipe, model, teachers, build.build_distillers(self.recipe, distillers, self.classes)
+                self.recipe, model, teachers, build.build_distillers(self.recipe, distillers, self.classes, train)
             )
             job = Job(
                 name=name,
@@ -163,14 +202,22 @@ class Jobs:
                 wrapped.unwrap()
         else:
             self.console.print(f"{name}: done already", markup=False, highlight=False)
-        checkpoint.load_into(model, folder / "final.safetensors")
-        return checkpoint.read_json(folder / "result.json")
+        final, result = folder / "final.safetensors", folder / "result.json"
+        if not final.exists():
+            raise CheckpointError(
+                f"{final}: no such file, but {result} says that this training is done; put the weights back, or delete "
+                "result.json: the training goes on from last.pt, and writes them again"
+            )
+        checkpoint.load_into(model, final)
+        return checkpoint.read_json(result)["minutes"] if train.epochs else None
 
     def _judge(self, name: str, folder: Path, model: nn.Module, minutes: float | None) -> None:
         """Score the model on the recipe's split, once, and add its row to the table."""
-        path = folder / f"scores-{self.recipe.evaluate.split}.json"
+        split, data = self.recipe.evaluate.split, self.recipe.data
+        path = folder / f"scores-{split}.json"
         if not path.exists():
-            scores = plain(score(model, self.judged, self.recipe.data.batch, self.recipe.data.workers))
+            with scoring(f"{name}: scoring on {split}", len(self.judged), self.console) as progress:
+                scores = plain(score(model, self.judged, data.batch, data.workers, progress))
             if processes().is_main_process:
                 checkpoint.write_json(path, scores)
             processes().wait_for_everyone()
@@ -178,76 +225,3 @@ class Jobs:
         parameters = sum(p.numel() for p in model.parameters())
         measured = {key: scores[key] for key in ("AP", "AP50", "AP75")}
         self.table.append({"row": name, **measured, "parameters": parameters, "minutes": minutes})
-
-
-def open_folder(folder: Path, recipe: Recipe, fresh: bool) -> None:
-    """Make the run folder, or check that it belongs to this recipe.
-
-    Raises:
-        RunError: it holds a run whose recipe differs, or files that are no run.
-    """
-    record = folder / "recipe.yaml"
-    if folder.exists() and any(folder.iterdir()):
-        if not record.exists():
-            raise RunError(f"{folder} is not empty and holds no recipe.yaml: not a run; choose another name or output")
-        if fresh:
-            shutil.rmtree(folder)
-        else:
-            _check_same(record, recipe)
-    if not record.exists():
-        checkpoint.write_json(folder / "versions.json", versions(recipe))
-        checkpoint.write_text(record, schema.resolved(recipe))
-
-
-def _check_same(record: Path, recipe: Recipe) -> None:
-    there, here = (
-        _flat(yaml.safe_load(text)) for text in (record.read_text(encoding="utf-8"), schema.resolved(recipe))
-    )
-    keys = [k for k in sorted(there.keys() | here.keys()) if k != "output" and there.get(k) != here.get(k)]
-    if keys:
-        changes = "; ".join(f"{k} was {there.get(k)!r}, is {here.get(k)!r}" for k in keys[:5])
-        more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-        raise RunError(
-            f"{record.parent} holds a run of another recipe ({changes}{more}): start over with --fresh, or give this "
-            "run another name, as in name=second"
-        )
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as one mapping from dotted path to value."""
-    if isinstance(value, dict | list) and value:
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for key, below in pairs for k, v in _flat(below, f"{path}.{key}" if path else str(key)).items()}
-    return {path: value}
-
-
-def versions(recipe: Recipe) -> dict[str, Any]:
-    """What this run is made with: packages, machine, commit, seed."""
-    return {
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "threads": recipe.train.threads or torch.get_num_threads(),
-        "processes": processes().num_processes,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processes().device.type,
-        "commit": _commit(),
-        "seed": recipe.seed,
-        "command": " ".join(sys.argv),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of the working folder, with "+" where files differ from it; None outside git."""
-    try:
-        command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from distillkit.training import checkpoint
 
-#: one row: row (its name), AP, AP50, AP75 (0..1), parameters, minutes of training (None: it came trained)
+#: one row: row (its name), AP, AP50, AP75 (0..1), parameters, minutes of training (None: it was not trained)
 Row = dict[str, Any]
 
 
@@ -22,17 +22,22 @@ def write_table(folder: Path, rows: list[Row]) -> None:
 
 
 def cells(rows: list[Row]) -> list[list[str]]:
-    """Header and rows as texts: AP in per cent, "-" for the training minutes of a model that came trained."""
+    """Header and rows as texts: AP in per cent, "-" for the training minutes of a model that was not trained."""
     body = [
         [
             row["row"],
-            *(f"{100 * row[key]:.1f}" for key in ("AP", "AP50", "AP75")),
+            *(percent(row[key]) for key in ("AP", "AP50", "AP75")),
             f"{row['parameters'] / 1e6:.2f} M",
             "-" if row["minutes"] is None else f"{row['minutes']:.1f}",
         ]
         for row in rows
     ]
     return [["row", "AP", "AP50", "AP75", "parameters", "minutes"], *body]
+
+
+def percent(score: float) -> str:
+    """A score of 0..1 as it is printed everywhere; "-" for COCO's -1, where there is nothing to find."""
+    return "-" if score < 0 else f"{100 * score:.1f}"
 
 
 def rich_table(rows: list[Row]) -> Table:

@@ -1,0 +1,81 @@
+"""The models that a command line can name: the recipe's student, a teacher, a row of the table, a file with weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from distillkit import recipe as recipes
+from distillkit import schema
+from distillkit.schema import Recipe
+from distillkit.training import build, checkpoint
+from distillkit.training.errors import RunError
+
+FINAL = "final.safetensors"
+
+
+def named_model(recipe: Recipe, name: str | Path | None, classes: int) -> nn.Module:
+    """A model of a recipe, with trained weights.
+
+    Args:
+        name: a teacher ("teacher", or its name among several); a row of ``compare``, as the run left it; a file with
+            weights of the recipe's student; None, or "student" where no row is called so: the student as it comes.
+        classes: how many.
+
+    Raises:
+        RunError: no such model; one that the run has not trained yet; a student that comes with random weights.
+        CheckpointError: weights that do not fit.
+    """
+    teachers = build.teacher_configs(recipe)
+    rows = {row.row: row for row in recipe.compare}
+    if name in teachers:
+        return _teacher(recipe, str(name), teachers[str(name)], classes)
+    if name in rows:
+        return _row(recipe, rows[str(name)], classes)
+    if name is None or name == "student":
+        _refuse_random(recipe)
+    elif not Path(name).is_file():
+        known = ", ".join(dict.fromkeys([*teachers, *rows, "student"]))
+        raise RunError(f"{name}: neither a file with weights of the student, nor one of {known}")
+    student = build.build_model(recipe.student, classes, recipe.evaluate)
+    if name is not None and name != "student":
+        build.load_checkpoint(student, Path(name))
+    return student
+
+
+def _row(recipe: Recipe, row: schema.Row, classes: int) -> nn.Module:
+    student = build.build_model(recipes.student_of(recipe, row.student), classes, recipe.evaluate)
+    checkpoint.load_into(student, _trained(recipe, row.row, recipes.slug(row.row)))
+    return student
+
+
+def _teacher(recipe: Recipe, name: str, config: schema.TeacherModel, classes: int) -> nn.Module:
+    teacher = build.build_model(config, classes, recipe.evaluate)
+    if config.train is not None and config.checkpoint is None:
+        checkpoint.load_into(teacher, _trained(recipe, name, build.teacher_folder(name)))
+    return teacher
+
+
+def _trained(recipe: Recipe, name: str, folder: str) -> Path:
+    weights = _run_folder(recipe) / folder / FINAL
+    if not weights.exists():
+        raise RunError(f"{name} is trained by the run, which has not done it yet: {weights} does not exist")
+    return weights
+
+
+def _refuse_random(recipe: Recipe) -> None:
+    if not recipes.is_untrained(recipe.student.model_dump()):
+        return
+    folder = _run_folder(recipe)
+    finals = [folder / recipes.slug(row.row) / FINAL for row in recipe.compare]
+    there = ", ".join(str(path) for path in finals if path.exists())
+    rows = ", ".join(repr(row.row) for row in recipe.compare)
+    raise RunError(
+        f"the student of {recipe.name!r} comes with random weights: name a row of the recipe ({rows}) that was "
+        f"trained, or a file with weights; {f'there are {there}' if there else f'{folder} holds none yet'}"
+    )
+
+
+def _run_folder(recipe: Recipe) -> Path:
+    return Path(recipe.output) / recipe.name

@@ -1,0 +1,86 @@
+"""Whether a recipe can be run to its end, as far as that is cheap to say: before anything is trained or deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from distillkit import recipe as recipes
+from distillkit import schema
+from distillkit.data.detection import PictureDetection
+from distillkit.schema import Recipe
+from distillkit.training import build
+from distillkit.training.errors import RunError
+from distillkit.training.optim import build_optimizer
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A training of a recipe.
+
+    Args:
+        where: its place in the recipe, for messages.
+        folder: its folder in the run folder.
+        model, train: its blocks, with its own changes.
+        distillers: all, none, or names.
+    """
+
+    where: str
+    folder: str
+    model: schema.Model | schema.TeacherModel
+    train: schema.Train
+    distillers: Literal["all", "none"] | list[str]
+
+
+def teacher_place(name: str) -> str:
+    """Where in a recipe a teacher is."""
+    return name if name == "teacher" else f"teachers.{name}"
+
+
+def planned(recipe: Recipe) -> Iterator[Planned]:
+    """All trainings: of teachers that are trained first, then of every row."""
+    for name, config in build.teacher_configs(recipe).items():
+        if config.train is not None and config.checkpoint is None:
+            train = recipes.train_of(recipe, config.train)
+            yield Planned(teacher_place(name), build.teacher_folder(name), config, train, "none")
+    for i, row in enumerate(recipe.compare):
+        model, train = recipes.student_of(recipe, row.student), recipes.train_of(recipe, row.train)
+        yield Planned(f"compare.{i} ({row.row})", recipes.slug(row.row), model, train, row.distillers)
+
+
+def check_optimizer(step: Planned, model: nn.Module) -> None:
+    """Raises RunError for an optimizer that the model is not made for."""
+    if step.train.epochs:
+        build_optimizer(model, step.train.optimizer)
+
+
+def check_taught(split: str, data: Any) -> None:
+    """Raises RunError where a data set has no box to be learned."""
+    if not _teaches(data):
+        raise RunError(f"data.{split} has no box that can be learned: correct the annotations, or name another file")
+
+
+def check_judged(split: str, data: Any) -> None:
+    """Raises RunError where a data set has no box to be found."""
+    if not _judges(data):
+        raise RunError(
+            f"data.{split} is what models are judged on, and has no box to be found, so that there is no AP: correct "
+            "the annotations, or choose another evaluate.split"
+        )
+
+
+def _teaches(data: Any) -> bool:
+    """Whether a picture has a box to be learned; most sets show one in the first pictures."""
+    if isinstance(data, PictureDetection):
+        return data.usable_boxes > 0
+    return any(len(data[0, i][1]["boxes"]) for i in range(len(data)))
+
+
+def _judges(data: Any) -> bool:
+    if isinstance(data, PictureDetection):
+        return data.usable_boxes > 0
+    boxes = (a["bbox"] for a in data.to_coco_json()["annotations"] if not a.get("iscrowd"))
+    return any(width > 0 and height > 0 for _, _, width, height in boxes)
