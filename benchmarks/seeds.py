@@ -108,45 +108,30 @@ class Bench:
             os.fsync(file.fileno())
 
     def write_table(self) -> None:
-        """Both tables of the cells that are there."""
+        """Both tables of the cells that are there: teachers first, then the rows against the first of them."""
         rows = {row.row: self._of(row) for row in self.recipe.compare}
-        key = teacher_cell(self.recipe)
-        teachers = {
-            name: [self.lines[f"{key}-{name}"]]
-            for name in build.teacher_configs(self.recipe)
-            if f"{key}-{name}" in self.lines
-        }
-        lines = [line for row in (teachers | rows).values() for line in row]
-        if not lines:
+        first, reference = next(iter(rows.items()))
+        shown = {name: lines for name, lines in (self._teacher_lines() | rows).items() if lines}
+        if not shown:
             return
-        first = next(iter(rows.values()))
-        overall = [
-            [name, *_overall(of, first if of is not first else [])] for name, of in (teachers | rows).items() if of
-        ]
+        compared = {name: reference if name in rows and name != first else [] for name in shown}
+        head = ["row", "n", *NUMBERS, f"AP less {first}, same seed", "AP75 less", "distillers' losses / loss_bbox"]
+        lines = [line for of_row in shown.values() for line in of_row]
         classes = list(lines[0]["classes"])
-        each = [
-            [name, *(_spread([line["classes"][c] for line in of]) for c in classes)]
-            for name, of in (teachers | rows).items()
-            if of
-        ]
-        head = [
-            "row",
-            "n",
-            *NUMBERS,
-            f"AP less {next(iter(rows))}, same seed",
-            "AP75 less",
-            "minutes",
-            "distillers' losses / loss_bbox",
-        ]
         text = [
             f"# {self.recipe.name}",
             f"`{self.command}`",
             f"On `{self.recipe.evaluate.split}`, in per cent: mean ± deviation over n seeds. {_made_on(lines)}",
-            table(head, overall),
+            table(head, [[name, *_overall(of_row, compared[name])] for name, of_row in shown.items()]),
             "AP of each class:",
-            table(["row", *classes], each),
+            table(["row", *classes], [[name, *_by_class(of_row, classes)] for name, of_row in shown.items()]),
         ]
         self.path.with_suffix(".md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+
+    def _teacher_lines(self) -> dict[str, list[dict[str, Any]]]:
+        """One line of each teacher that is there."""
+        cells = {name: f"{teacher_cell(self.recipe)}-{name}" for name in build.teacher_configs(self.recipe)}
+        return {name: [self.lines[of]] for name, of in cells.items() if of in self.lines}
 
     def _of(self, row: schema.Row) -> list[dict[str, Any]]:
         """The lines of a row, by seed."""
@@ -224,14 +209,16 @@ def _overall(lines: list[dict[str, Any]], first: list[dict[str, Any]]) -> list[s
     others = {line["seed"]: line for line in first}
     pairs = [(line, others[line["seed"]]) for line in lines if line["seed"] in others]
     gains = [_spread([a[number] - b[number] for a, b in pairs], "+.1f") if pairs else "" for number in ("AP", "AP75")]
-    minutes = [line["minutes"] for line in lines if line["minutes"] is not None]
     return [
         str(len(lines)),
         *(_spread([line[number] for line in lines]) for number in NUMBERS),
         *gains,
-        f"{statistics.fmean(minutes):.1f}" if minutes else "-",
         _ratios(lines),
     ]
+
+
+def _by_class(lines: list[dict[str, Any]], classes: list[str]) -> list[str]:
+    return [_spread([line["classes"][name] for line in lines]) for name in classes]
 
 
 def _ratios(lines: list[dict[str, Any]]) -> str:
