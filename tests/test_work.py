@@ -5,8 +5,7 @@ import torch
 
 import distillkit
 from distillkit import LD, FeatureImitation, LogitKD, Main, Valuable
-from distillkit.adapters import distribution_head
-from tests.counting import Dispatched, kept_tensors, modules_run
+from tests.counting import Dispatched, kept_tensors, modules_run, without_cpu_checks
 from tests.test_adapters import detector, scene
 from tests.tiny import KL, Net, batch
 
@@ -26,13 +25,13 @@ def count(call) -> Dispatched:
     return counted
 
 
-def test_the_accelerator_path_adds_no_host_sync(monkeypatch):
-    monkeypatch.setattr(distribution_head, "check_boxes", lambda *args: None)  # which looks on the CPU only
+def test_the_accelerator_path_adds_no_host_sync():
     student, teacher = detector(), detector()
-    alone = count(lambda: sum(student(*scene()).values()).backward())
-    model = distillkit.wrap(student, teacher, distillers(dense=True))
-    step(model)  # the first step proves the adapters, which waits
-    with_distillers = count(lambda: step(model))
+    with without_cpu_checks():
+        alone = count(lambda: sum(student(*scene()).values()).backward())
+        model = distillkit.wrap(student, teacher, distillers(dense=True))
+        step(model)  # the first step proves the adapters, which waits
+        with_distillers = count(lambda: step(model))
     assert with_distillers.syncs == alone.syncs
     assert with_distillers.operations.total() > alone.operations.total()
 
