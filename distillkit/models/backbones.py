@@ -1,7 +1,9 @@
 """Feature pyramids' backbones: any timm model with ``features_only``, and where its weights come from."""
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,23 @@ def backbone(name: str, strides: Sequence[int], pretrained: bool | str | Path = 
     if pretrained and pretrained is not True:
         options["pretrained_cfg_overlay"] = {"state_dict": _weights(name, pretrained)}
     try:
-        return timm.create_model(name, **options)
+        with _only_errors_of(logging.getLogger("timm.models._builder")):  # ours say which names do not fit
+            return timm.create_model(name, **options)
     except OSError as error:
         raise ConnectionError(
             f"backbone {name!r}: timm could not fetch its pretrained weights ({type(error).__name__}). Without a "
             f"connection, set pretrained to the path of a weights file, or to False for random weights"
         ) from error
+
+
+@contextmanager
+def _only_errors_of(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def parameters_up_to(features: Any, stage: int) -> list[str]:
