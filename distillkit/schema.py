@@ -322,6 +322,8 @@ class SelfLD(_LD):
     def _one_source(self) -> SelfLD:
         if (self.source == "checkpoint") != (self.checkpoint is not None):
             raise ValueError("source: checkpoint needs `checkpoint: FILE`, and only then may there be one")
+        if self.source == "checkpoint" and self.decay != 0.999:
+            raise ValueError("decay is for source: ema; an earlier checkpoint does not change: leave decay out")
         return self
 
 

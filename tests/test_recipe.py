@@ -150,6 +150,11 @@ def test_without_distillers_there_is_no_distilled_row(write):
             "leave them out",
         ),
         (
+            "{kind: ld, region: main",
+            "{kind: self-ld, source: checkpoint, checkpoint: s.safetensors, decay: 0.9, region: main",
+            "r.yaml:7: distillers.0: decay is for source: ema; an earlier checkpoint does not change: leave decay out",
+        ),
+        (
             "region: main",
             "region: main, weight: {value: 1, steps: 100}",
             "r.yaml:7: distillers.0.weight: steps and end are for a weight that changes: "

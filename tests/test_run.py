@@ -139,8 +139,8 @@ def test_a_run_goes_on_with_more_rows_and_other_workers(recipe, folder, tmp_path
 
     done = recipe.compare[1].model_copy(update={"distillers": ["logit_kd"]})
     with pytest.raises(RunError, match=r"compare\.distilled\.distillers was 'all'"):
-        run(copied.model_copy(update={"compare": [done]}), console=Console(quiet=True))
-    with pytest.raises(RunError, match=r"compare\.distilled\.distillers was 'all', is None"):
+        run(copied.model_copy(update={"compare": [*more[:2], done, more[3]]}), console=Console(quiet=True))
+    with pytest.raises(RunError, match=r"holds the row 'student', which is not in compare.*put it back, or delete"):
         run(copied.model_copy(update={"compare": more[:1]}), console=Console(quiet=True))
 
 

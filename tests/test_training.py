@@ -374,6 +374,18 @@ def test_a_checkpoint_of_another_student_is_refused(tmp_path):
         _fit(tmp_path, model=nn.ModuleDict({"line": nn.Linear(4, 1), "more": nn.Linear(4, 1)}))
 
 
+def test_moments_of_another_shape_are_refused(tmp_path):
+    _fit(tmp_path)
+    (tmp_path / "result.json").unlink()
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    moments = next(iter(state["optimizer"]["state"].values()))
+    name = next(key for key, value in moments.items() if key != "step" and value is not None)
+    moments[name] = moments[name][None]
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match=rf"last\.pt: the optimizer's {name} is \(1, "):
+        _fit(tmp_path)
+
+
 def test_half_precision_needs_an_accelerator(tmp_path):
     if torch.accelerator.is_available():
         pytest.skip("this machine has an accelerator")

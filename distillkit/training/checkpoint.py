@@ -134,6 +134,21 @@ def load_into(model: torch.nn.Module, path: Path) -> None:
     model.load_state_dict(weights)
 
 
+def check_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    """What an optimizer that was loaded from ``path`` remembers of each parameter must be of the parameter's shape.
+
+    Raises:
+        CheckpointError: it is not, as where the model was written by another version.
+    """
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if name != "step" and isinstance(value, Tensor) and value.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{path}: the optimizer's {name} is {tuple(value.shape)} for a parameter of "
+                    f"{tuple(parameter.shape)}; start this job again with --fresh, or delete the file"
+                )
+
+
 def seed_everything(seed: int) -> None:
     """Seed the generators of Python, NumPy and torch (all devices)."""
     random.seed(seed)

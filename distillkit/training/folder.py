@@ -97,10 +97,9 @@ def _content(folder: Path) -> list[Path]:
 
 
 def _check_same(record: Path, recipe: Recipe) -> None:
-    there, here = (
-        _comparable(yaml.safe_load(text), record.parent)
-        for text in (record.read_text(encoding="utf-8"), recipes.resolved(recipe))
-    )
+    old, new = (yaml.safe_load(text) for text in (record.read_text(encoding="utf-8"), recipes.resolved(recipe)))
+    _check_rows_there(old, new, record.parent)
+    there, here = _comparable(old, record.parent), _comparable(new, record.parent)
     keys = [k for k in sorted(there.keys() | here.keys()) if there.get(k) != here.get(k)]
     if keys:
         changes = "; ".join(f"{k} was {there.get(k)!r}, is {here.get(k)!r}" for k in keys[:5])
@@ -109,6 +108,17 @@ def _check_same(record: Path, recipe: Recipe) -> None:
             f"{record.parent} holds a run of another recipe ({changes}{more}): start over with --fresh, or give this "
             "run another name, as in name=second"
         )
+
+
+def _check_rows_there(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
+    """A row that was begun stays in the recipe: what it was made with would be forgotten with it."""
+    named = {row["row"] for row in new["compare"]}
+    for name in (row["row"] for row in old["compare"]):
+        begun = folder / recipes.slug(name)
+        if name not in named and _begun(begun):
+            raise RunError(
+                f"{folder} holds the row {name!r}, which is not in compare any more: put it back, or delete {begun}"
+            )
 
 
 def _comparable(raw: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -312,6 +312,7 @@ class Run:
         except RuntimeError as error:
             raise CheckpointError(f"{path} does not fit this student: {error}; start again with --fresh") from error
         self.optimizer.load_state_dict(state["optimizer"])
+        checkpoint.check_moments(path, self.optimizer)
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.average:
