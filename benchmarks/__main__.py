@@ -24,7 +24,7 @@ def main() -> None:
     torch.set_num_threads(1)
     parts = [
         heading("Speed, as ratios", f"python -m benchmarks --rounds {args.rounds}", seed=0),
-        "One thread, process CPU time; medians.",
+        "One thread, process CPU time; medians over the rounds.",
         "## A training step over the ideal: student forward and backward, teacher forward, nothing else",
         *step.tables(args.rounds),
         "## The loss and its region",

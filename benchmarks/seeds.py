@@ -27,10 +27,12 @@ from rich.console import Console
 from torch import nn
 
 from benchmarks.machine import processor, table
-from distillkit import recipe as schema
-from distillkit.recipe import Recipe, load
+from distillkit import schema
+from distillkit.recipe import load, slug, student_of, train_of
+from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint, metrics
-from distillkit.training.run import Jobs, open_folder, versions
+from distillkit.training.folder import alone_in, open_folder, versions
+from distillkit.training.run import Jobs
 
 RESULTS = Path(__file__).parent / "results"
 NUMBERS = ("AP", "AP50", "AP75")
@@ -80,10 +82,11 @@ class Bench:
             update={"seed": seed, "compare": [row], "distillers": chosen_by(self.recipe, row)}
         )
         folder = self.folder / key
-        open_folder(folder, recipe, fresh=False)
-        jobs = Jobs(recipe, folder, self.console, self.command)
-        jobs.row(row, {} if row.distillers == "none" else self._teachers())
-        self._add({"cell": key, "row": row.row, "seed": seed, **measured(jobs, row.row)})
+        with alone_in(folder):
+            open_folder(folder, recipe, fresh=False)
+            jobs = Jobs(recipe, folder, self.console, self.command)
+            jobs.row(row, {} if row.distillers == "none" else self._teachers())
+            self._add({"cell": key, "row": row.row, "seed": seed, **measured(jobs, row.row)})
 
     def _teachers(self) -> dict[str, nn.Module]:
         """Trained in the first call that needs them, and read from the run folder in later ones."""
@@ -141,14 +144,14 @@ class Bench:
 
 def cell(recipe: Recipe, row: schema.Row, seed: int) -> str:
     """The name of a cell: the row, the seed, and a digest of all that its numbers come from, except the code."""
-    made_by = [
+    made_by: list[Any] = [
         *_judged_on(recipe),
-        _changed(schema.student_of(recipe, row.student)),
-        _changed(schema.train_of(recipe, row.train)),
+        _changed(student_of(recipe, row.student)),
+        _changed(train_of(recipe, row.train)),
     ]
     if chosen := chosen_by(recipe, row):
         made_by += [*map(_changed, chosen), teacher_cell(recipe)]
-    return f"{schema.slug(row.row)}-{seed}-{_digest(made_by)}"
+    return f"{slug(row.row)}-{seed}-{_digest(made_by)}"
 
 
 def chosen_by(recipe: Recipe, row: schema.Row) -> list[schema.Distiller]:
@@ -163,7 +166,7 @@ def teacher_cell(recipe: Recipe) -> str:
     return f"teachers-{_digest([*_judged_on(recipe), *models, _changed(recipe.train), recipe.seed])}"
 
 
-def _judged_on(recipe: Recipe) -> list[dict[str, Any]]:
+def _judged_on(recipe: Recipe) -> list[Any]:
     return [
         _changed(recipe.data, {"root", "workers"}),
         _changed(recipe.evaluate),
