@@ -1,4 +1,8 @@
-"""A training step against the ideal: student forward and backward, teacher forward, and nothing else."""
+"""A training step against the ideal: student forward and backward, teacher forward, and nothing else.
+
+Both run the same model, in the same memory: of two equal copies one is a few per cent faster, for as long as they live.
+The ideal calls the student past its wrapper, where the taps record nothing.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +33,16 @@ def classifiers() -> dict[str, Step]:
     student, teacher = timm.create_model("resnet18", num_classes=100), timm.create_model("resnet50", num_classes=100)
     teacher.eval()
     x, y = torch.randn(16, 3, 96, 96), torch.randint(0, 100, (16,))
+    cheap = Teacher(copy.deepcopy(teacher), dtype=torch.bfloat16, fold_bn=True)
 
-    def ideal(student: torch.nn.Module) -> Step:
-        def step() -> None:
-            with torch.no_grad():
-                teacher(x)
-            cross_entropy(student(x), y).backward()
-            student.zero_grad(set_to_none=True)
+    def ideal() -> None:
+        with torch.no_grad():
+            teacher(x)
+        cross_entropy(student(x), y).backward()
+        student.zero_grad(set_to_none=True)
 
-        return step
-
-    def ours(teacher: torch.nn.Module | Teacher) -> Step:
-        model = distillkit.wrap(copy.deepcopy(student), teacher, [LogitKD(temperature=4)], criterion=cross_entropy)
+    def ours(student: torch.nn.Module, teacher: torch.nn.Module | Teacher) -> Step:
+        model = distillkit.wrap(student, teacher, [LogitKD(temperature=4)], criterion=cross_entropy)
 
         def step() -> None:
             model(x, y).total.backward()
@@ -49,10 +51,10 @@ def classifiers() -> dict[str, Step]:
         return step
 
     return {
-        "ideal": ideal(copy.deepcopy(student)),
-        "ideal again": ideal(copy.deepcopy(student)),
-        "distillkit": ours(teacher),
-        "distillkit, teacher in bf16, BatchNorm folded": ours(Teacher(teacher, dtype=torch.bfloat16, fold_bn=True)),
+        "ideal": ideal,
+        "ideal again": ideal,
+        "distillkit, teacher in bf16, BatchNorm folded": ours(copy.deepcopy(student), cheap),
+        "distillkit": ours(student, teacher),
     }
 
 
@@ -75,8 +77,8 @@ def detectors(size: int = 320, batch: int = 2) -> dict[str, Step]:
 
         return step
 
-    def ours(distillers: list[distillkit.Distiller]) -> Step:
-        model = distillkit.wrap(copy.deepcopy(student), teacher, distillers)
+    def ours(student: GFL, distillers: list[distillkit.Distiller]) -> Step:
+        model = distillkit.wrap(student, teacher, distillers)
 
         def step() -> None:
             model(images, targets).total.backward()
@@ -85,14 +87,15 @@ def detectors(size: int = 320, batch: int = 2) -> dict[str, Step]:
         return step
 
     whole, neck = lambda: teacher.head(teacher.features(images)), lambda: teacher.features(images)
+    other = copy.deepcopy(student)
     return {
-        "ideal": ideal(copy.deepcopy(student), whole),
-        "ideal again": ideal(copy.deepcopy(student), whole),
+        "ideal": ideal(student, whole),
+        "ideal again": ideal(student, whole),
         "distillkit: LD main + LD valuable + class KD": ours(
-            [LD(Main()), LD(Valuable()), LogitKD(Main(), weight=10.0)]
+            student, [LD(Main()), LD(Valuable()), LogitKD(Main(), weight=10.0)]
         ),
-        "ideal, teacher's features only": ideal(copy.deepcopy(student), neck),
-        "distillkit: feature imitation": ours([FeatureImitation("whole")]),
+        "ideal, teacher's features only": ideal(other, neck),
+        "distillkit: feature imitation": ours(other, [FeatureImitation("whole")]),
     }
 
 

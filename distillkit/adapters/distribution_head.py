@@ -114,7 +114,7 @@ class DistributionHead(Adapter):
         if rows is None:
             return None
         if not isinstance(rows, Sequence) or not all(
-            isinstance(row, Mapping) and {"boxes", "labels"} <= row.keys() for row in rows
+            isinstance(row, Mapping) and "boxes" in row and "labels" in row for row in rows
         ):
             raise ViewError("targets: expected a list of dict(boxes (k, 4) x1 y1 x2 y2, labels (k,)), one a picture")
         for i, row in enumerate(rows):
