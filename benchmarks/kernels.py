@@ -5,8 +5,6 @@ the region.
 """
 
 import math
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.machine import table
+from benchmarks.machine import race, table
 from distillkit.boxes.anchors import grid_anchors
 from distillkit.boxes.assign import atss
 from distillkit.boxes.iou import centre_distance, enclosing_diagonal, pairwise_iou
@@ -43,16 +41,8 @@ def tables(rounds: int, seed: int = 0) -> list[str]:
 
 def timed(what: str, forms: dict[str, Callable[[], Tensor]], rounds: int) -> list[list[str]]:
     """One row a form; the first form is the one the others are measured against."""
-    results = {name: form() for name, form in forms.items()}  # warms up, too
+    results, medians = race(forms, rounds)
     reference = next(iter(results.values()))
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    for i in range(rounds):
-        order = list(forms) if i % 2 else list(reversed(forms))
-        for name in order:
-            start = time.process_time()
-            forms[name]()
-            times[name].append(time.process_time() - start)
-    medians = {name: statistics.median(t) for name, t in times.items()}
     base = next(iter(medians.values()))
     error = {name: float((result - reference).abs().max() / reference.abs().max()) for name, result in results.items()}
     return [

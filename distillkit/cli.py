@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -27,8 +27,8 @@ from distillkit.core.errors import DistillError, NonFiniteLossError
 from distillkit.training.errors import Interrupted
 
 if TYPE_CHECKING:
-    from distillkit.evaluation.coco import CocoResult
     from distillkit.schema import Recipe
+    from distillkit.training.evaluate import Result
 
 app = typer.Typer(
     name="distillkit",
@@ -206,7 +206,7 @@ def evaluate(
     imports: Imports = None,
     debug: Debug = False,
 ) -> None:
-    """Score a model of a recipe: the 12 numbers of COCO, and every class.
+    """Score a model of a recipe: the 12 numbers of COCO, or those of DOTA for rotated boxes, and every class.
 
     Examples:
       distillkit eval ld_coco_mini --model teacher --split test
@@ -273,6 +273,48 @@ def export(
         write(loaded, weights, folder, [name.strip() for name in formats.split(",")], console=out)
 
 
+@app.command()
+def tile(
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of SPLIT/images and SPLIT/labelTxt.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the tiles, in the same layout.")],
+    splits: Annotated[list[str] | None, typer.Option("--split", help="Which; may be given several times.")] = None,
+    classes: Annotated[
+        str, typer.Option("--classes", help="v1.0, v1.5 or v2.0 of DOTA, or the set's own with commas between.")
+    ] = "v1.0",
+    size: Annotated[int, typer.Option("--size", help="Side of a tile in pixels.")] = 1024,
+    overlap: Annotated[int, typer.Option("--overlap", help="Pixels that neighbours share.")] = 200,
+    scales: Annotated[str, typer.Option("--scales", help="Cut at each of these sizes, with commas between.")] = "1",
+    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="There are no labels, as in DOTA's test.")] = False,
+    processes: Annotated[int, typer.Option("--processes", help="Pictures cut at a time.")] = 1,
+    debug: Debug = False,
+) -> None:
+    """Cut pictures in DOTA's layout into tiles; goes on where an earlier call stopped.
+
+    A recipe with data.tiles does the same by itself.
+
+    Examples:
+      distillkit tile /data/dota --out /data/tiles
+      distillkit tile /data/dota --out /data/tiles --split train --scales 0.5,1,1.5 --processes 8
+    """
+    with _plainly(debug, "the same command"):
+        from distillkit.data.dota import DOTA_CLASSES
+        from distillkit.data.tile import tile as cut
+        from distillkit.data.tiling import Tiling
+
+        tiling = Tiling(size, overlap, tuple(_numbers(scales)))
+        names = classes if classes in DOTA_CLASSES else [name.strip() for name in classes.split(",")]
+        with _bar() as bar:
+            for split in splits or ["train", "val"]:
+                task = bar.add_task(split, total=None)
+
+                def progress(done: int, total: int, task: Any = task) -> None:
+                    bar.update(task, completed=done, total=total)
+
+                there = cut(root, split, folder, names, tiling, not unlabelled, processes, progress)
+                objects = "" if unlabelled else f", {there.objects} objects on them"
+                _say(out, f"{folder / split}: {there.tiles} tiles of {there.pictures} pictures{objects}")
+
+
 # -- what verbs share -------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +353,19 @@ def _command(
     return shlex.join(["distillkit", verb, recipe, *(overrides or ()), *options, *packages])
 
 
+def _bar() -> Progress:
+    """Shown on a terminal only."""
+    columns = TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--scales: expected numbers with commas between, as in 0.5,1,1.5; got {text!r}") from None
+
+
 def _say(console: Console, text: str) -> None:
     """Plain text: nothing in it is markup, and lines are as long as they are."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -321,9 +376,7 @@ def _findings(recipe: Recipe) -> bool:
     from distillkit.training.check import check as findings
 
     right = True
-    bar = Progress(TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), console=out, transient=True)
-    bar.disable = not out.is_terminal
-    with bar:
+    with _bar() as bar:
         task = bar.add_task("", total=None)
 
         def progress(what: str, done: int, total: int) -> None:
@@ -336,7 +389,7 @@ def _findings(recipe: Recipe) -> bool:
     return right
 
 
-def _print_scores(result: CocoResult) -> None:
+def _print_scores(result: Result) -> None:
     """In per cent, as COCO's are published; "-" where there is nothing to find."""
     table = Table("class", "AP", "AP50", "AP75", "boxes", box=None, header_style="bold")
     for column in table.columns[1:]:
@@ -344,20 +397,21 @@ def _print_scores(result: CocoResult) -> None:
     for name, row in result.classes.items():
         table.add_row(Text(name), _percent(row.ap), _percent(row.ap50), _percent(row.ap75), str(row.boxes))
     out.print(table)
+    width = max(6, *(len(name) + 1 for name in result.numbers))
     for name, value in result.numbers.items():
-        _say(out, f"{name:<6}{_percent(value):>6}")
+        _say(out, f"{name:<{width}}{_percent(value):>6}")
 
 
 def _percent(value: float) -> str:
     return "-" if value < 0 else f"{100 * value:.1f}"
 
 
-def _kinds(annotation: Any, custom: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Each kind of a discriminated block with the first line of its docstring; then what packages registered."""
-    for block in get_args(get_args(annotation)[0]):
-        (kind,) = get_args(block.model_fields["kind"].annotation)
+def _kinds(key: str, custom: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each kind that a key of a recipe may have, with the first line of its docstring and, where it is of one task
+    alone, that task; then what packages registered."""
+    for kind, (about, tasks) in schemas.kinds(key).items():
         if kind != "custom":
-            yield kind, (block.__doc__ or "").splitlines()[0]
+            yield kind, about if len(tasks) == len(schemas.TASKS) else f"{about} (task: {', '.join(tasks)})"
     for name in custom:
         yield name, "registered: write kind: custom, name: " + name
 
@@ -375,9 +429,9 @@ def _adapters() -> Iterator[tuple[str, str]]:
 
 
 _LISTS: dict[Listed, Callable[[], Iterable[tuple[str, str]]]] = {
-    Listed.distillers: lambda: _kinds(schemas.Distiller, plugins.names("distiller")),
-    Listed.models: lambda: _kinds(schemas.Model, plugins.names("model")),
-    Listed.data: lambda: _kinds(schemas.Data, plugins.names("data")),
+    Listed.distillers: lambda: _kinds("distillers", plugins.names("distiller")),
+    Listed.models: lambda: _kinds("student", plugins.names("model")),
+    Listed.data: lambda: _kinds("data", plugins.names("data")),
     Listed.recipes: _bundled,
     Listed.adapters: _adapters,
 }

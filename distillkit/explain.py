@@ -44,13 +44,13 @@ def _located(detail: ErrorDetails, model: Any, raw: Any) -> tuple[Keys, list[typ
     pydantic's own location also has the names of the members of unions, which are no keys; they are left out.
     """
     keys: Keys = ()
-    blocks, value = _blocks(model), raw
+    blocks, value = blocks_in(model), raw
     for part in detail["loc"]:
         if isinstance(value, dict):
             here = _of_kind(blocks, value)
             fields = here[0].model_fields if len(here) == 1 else {}
             if part in fields:
-                blocks = _blocks(fields[str(part)].annotation)
+                blocks = blocks_in(fields[str(part)].annotation)
             elif part not in value:
                 continue
             value = value.get(part)
@@ -66,22 +66,22 @@ def _located(detail: ErrorDetails, model: Any, raw: Any) -> tuple[Keys, list[typ
 
 def _blocks_at(model: Any, raw: Any, keys: Keys) -> list[type[BaseModel]]:
     """The blocks of the schema that stand at `keys`, those of the right kind where a kind is given."""
-    blocks = _of_kind(_blocks(model), raw)
+    blocks = _of_kind(blocks_in(model), raw)
     for key in keys:
         raw = raw[key]
         if len(blocks) == 1 and key in blocks[0].model_fields:
-            blocks = _blocks(blocks[0].model_fields[str(key)].annotation)
+            blocks = blocks_in(blocks[0].model_fields[str(key)].annotation)
         blocks = _of_kind(blocks, raw)
     return blocks
 
 
-def _blocks(annotation: Any) -> list[type[BaseModel]]:
+def blocks_in(annotation: Any) -> list[type[BaseModel]]:
     """The schema's classes in a type."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) is Literal:
         return []
-    return [block for part in get_args(annotation) for block in _blocks(part)]
+    return [block for part in get_args(annotation) for block in blocks_in(part)]
 
 
 def _of_kind(blocks: list[type[BaseModel]], value: Any) -> list[type[BaseModel]]:
@@ -137,7 +137,7 @@ def _explained(detail: ErrorDetails, keys: Keys, blocks: list[type[BaseModel]]) 
 def _nearest_key(key: Any, blocks: list[type[BaseModel]]) -> str:
     """A key of these blocks; or one of that very name in a block below, which was put a level too high."""
     fields = {name: field for block in blocks for name, field in block.model_fields.items()}
-    below = [n for n, field in fields.items() if any(key in b.model_fields for b in _blocks(field.annotation))]
+    below = [n for n, field in fields.items() if any(key in b.model_fields for b in blocks_in(field.annotation))]
     if len(below) == 1:
         return f"; did you mean '{below[0]}.{key}'?"
     return nearest(key, fields)

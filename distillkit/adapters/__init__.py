@@ -24,6 +24,8 @@ def adapter_for(model: nn.Module, fallback: Adapter | None = None) -> Adapter:
         return own
     from distillkit.models.gfl import GFL
     from distillkit.models.nanodet import NanoDet
+    from distillkit.models.rotated_gfl import RotatedGFL
+    from distillkit.models.rotated_retina import RotatedRetina
 
     if isinstance(model, GFL):
         from distillkit.adapters.gfl import gfl
@@ -33,4 +35,12 @@ def adapter_for(model: nn.Module, fallback: Adapter | None = None) -> Adapter:
         from distillkit.adapters.nanodet import nanodet
 
         return nanodet(model)
+    if isinstance(model, RotatedGFL):
+        from distillkit.adapters.rotated_gfl import rotated_gfl
+
+        return rotated_gfl(model)
+    if isinstance(model, RotatedRetina):
+        from distillkit.adapters.rotated_retina import rotated_retina
+
+        return rotated_retina(model)
     return fallback or Adapter()

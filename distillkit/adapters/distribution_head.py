@@ -42,6 +42,9 @@ class DistributionHead(Adapter):
         octave: side of the square anchor box, in strides, that assigners and regions use.
     """
 
+    #: distributions an anchor, E; numbers of a box; anchors a cell
+    sides, columns, per_cell = 4, 4, 1
+
     def __init__(
         self,
         classes: str | Sequence[str],
@@ -81,24 +84,24 @@ class DistributionHead(Adapter):
             )
         classes, edges = tensors[:levels], tensors[levels:]
         channels = edges[0].shape[1]
-        if channels % (4 * self.bins):
+        if channels % (self.sides * self.bins):
             raise ViewError(
                 f"{self.edges.paths[0]!r} has {channels} channels, "
-                f"which is not a multiple of 4 edges x {self.bins} bins; "
+                f"which is not a multiple of {self.sides} edges x {self.bins} bins; "
                 "bins= is the number of bins (reg_max + 1), or the path needs a channel range, as in 'conv[80:]'"
             )
-        anchors = channels // (4 * self.bins)
-        if anchors != 1:
+        anchors = channels // (self.sides * self.bins)
+        if anchors != self.per_cell:
             raise ViewError(
-                f"{self.edges.paths[0]!r} has {channels} channels, {anchors} anchors a cell of 4 edges x {self.bins} "
-                "bins, and DistributionHead is for one. If bins= (reg_max + 1) is right, write an adapter "
-                "whose view gives DenseDetections.anchors, the boxes of all anchors"
+                f"{self.edges.paths[0]!r} has {channels} channels, {anchors} anchors a cell of {self.sides} edges x "
+                f"{self.bins} bins, and {type(self).__name__} is for {self.per_cell}. If bins= (reg_max + 1) is right, "
+                "write an adapter whose view gives DenseDetections.anchors, the boxes of all anchors"
             )
         if self.support is not None and self.support.device != edges[0].device:
             self.support = self.support.to(edges[0].device)
         return DenseDetections(
-            classes=Maps(tuple(classes), (classes[0].shape[1],)),
-            edges=Maps(tuple(edges), (4, self.bins)),
+            classes=Maps(tuple(classes), (classes[0].shape[1] // anchors,), anchors),
+            edges=Maps(tuple(edges), (self.sides, self.bins), anchors),
             strides=self.strides,
             centre=self.centre,
             support=self.support,
@@ -116,8 +119,14 @@ class DistributionHead(Adapter):
         if not isinstance(rows, Sequence) or not all(
             isinstance(row, Mapping) and "boxes" in row and "labels" in row for row in rows
         ):
-            raise ViewError("targets: expected a list of dict(boxes (k, 4) x1 y1 x2 y2, labels (k,)), one a picture")
+            form = "(k, 4) x1 y1 x2 y2" if self.columns == 4 else "(k, 5) cx cy w h angle"
+            raise ViewError(f"targets: expected a list of dict(boxes {form}, labels (k,)), one a picture")
         for i, row in enumerate(rows):
+            if row["boxes"].shape[1:] != (self.columns,):
+                raise ViewError(
+                    f"target {i}: boxes are {tuple(row['boxes'].shape)}, this head's are (k, {self.columns}); "
+                    "upright objects need an upright detector, rotated ones a rotated one"
+                )
             check_boxes(i, row["boxes"])
         return BoxTargets([r["boxes"] for r in rows], [r["labels"] for r in rows], _sizes(_pictures(args, kwargs)))
 
@@ -134,7 +143,7 @@ class DistributionHead(Adapter):
         predictions = _predictions(output)
         sizes = _sizes(_pictures(args, kwargs))
         half = view.edges.levels[0].dtype in (torch.float16, torch.bfloat16)
-        boxes, probabilities = _decoded(view, self.centre), _probabilities(view)
+        boxes, probabilities = self.decoded(view, self.centre), _probabilities(view)
         seen = 0
         for i, (row, size) in enumerate(zip(predictions, sizes, strict=True)):
             predicted = row["boxes"][:LOOKED_AT].to(boxes)
@@ -142,12 +151,31 @@ class DistributionHead(Adapter):
                 continue
             seen += len(predicted)
             allowed = PIXELS + (HALF * predicted.abs().amax(1) if half else torch.zeros_like(predicted[:, 0]))
-            distance = _distances(predicted, boxes[i], size)
+            distance = self.distances(predicted, boxes[i], size)
             if not bool((distance.amin(1) <= allowed).all()):
                 raise AdapterError(self._unexplained_box(view, predicted, i, size, distance, allowed))
             explains = distance <= allowed[:, None]
             self._check_scores(row, i, probabilities[i], explains, 2 * HALF if half else SCORE)
         return seen > 0
+
+    def decoded(self, view: DenseDetections, centre: float) -> Tensor:
+        """Every anchor's box, as the detector decodes it with its points at ``centre``: (B, N, columns) pixels."""
+        assert view.edges is not None
+        edges = view.edges.all().float()
+        points = grid_points(view.edges.sizes, view.strides, centre, edges.device)
+        strides = grid_strides(view.edges.sizes, view.strides, edges.device)
+        return decode(points, integral(edges, view.support) * strides[:, None])
+
+    def distances(self, predicted: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        """Predicted boxes (P, columns) to decoded ones (N, columns): (P, N) pixels, the largest of a box's sides.
+
+        size: (height, width) of the picture, to which both are clipped here, as detectors clip.
+        """
+        height, width = size
+        limit = boxes.new_tensor([width, height, width, height])
+        clipped = torch.minimum(boxes.clamp(min=0), limit)
+        predicted = torch.minimum(predicted.clamp(min=0), limit)
+        return torch.cdist(predicted, clipped, p=float("inf"))
 
     def _unexplained_box(
         self,
@@ -159,7 +187,7 @@ class DistributionHead(Adapter):
         allowed: Tensor,
     ) -> str:
         other = 0.5 if self.centre != 0.5 else 0.0
-        from_there = _distances(predicted, _decoded(view, other)[image], size)
+        from_there = self.distances(predicted, self.decoded(view, other)[image], size)
         hint = f" With centre={other} it would fit." if bool((from_there.amin(1) <= allowed).all()) else ""
         return (
             f"the tapped distributions do not explain the detector's own boxes: one of picture {image} is "
@@ -224,26 +252,6 @@ def _predictions(output: Any) -> Sequence[Mapping[str, Tensor]]:
     return output
 
 
-def _decoded(view: DenseDetections, centre: float) -> Tensor:
-    """Every anchor's box: (B, N, 4) pixels."""
-    assert view.edges is not None
-    edges = view.edges.all().float()
-    points = grid_points(view.edges.sizes, view.strides, centre, edges.device)
-    strides = grid_strides(view.edges.sizes, view.strides, edges.device)
-    per_cell = edges.shape[1] // len(points)
-    points, strides = points.repeat_interleave(per_cell, 0), strides.repeat_interleave(per_cell, 0)
-    return decode(points, integral(edges, view.support) * strides[:, None])
-
-
 def _probabilities(view: DenseDetections) -> Tensor:
     """Every anchor's class probabilities: (B, N, C)."""
     return view.classes.all().float().sigmoid() if view.scores is None else view.scores.all().float()
-
-
-def _distances(predicted: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Predicted (P, 4) to decoded boxes (N, 4), both clipped to the picture: (P, N), of four edges the largest."""
-    height, width = size
-    limit = boxes.new_tensor([width, height, width, height])
-    clipped = torch.minimum(boxes.clamp(min=0), limit)
-    predicted = torch.minimum(predicted.clamp(min=0), limit)
-    return torch.cdist(predicted, clipped, p=float("inf"))

@@ -8,6 +8,10 @@ from torch import Tensor
 
 from distillkit.boxes.anchors import inside
 from distillkit.boxes.iou import centre_distance, pairwise_iou
+from distillkit.boxes.overlap import candidate_overlap, contains, hull, pairwise_overlap
+
+#: a positive's centre is inside its object by more than so many pixels on each side
+MARGIN = 0.01
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,14 @@ class Matched:
 
     Args:
         anchors: (N, 4).
+        boxes: (k, 4) the objects, or (k, 5) rotated ones.
         valid: (N,) bool, the anchor's centre is in the picture.
         iou: (k, N) overlap of every object with every anchor.
         assignment: what ATSS makes of them.
     """
 
     anchors: Tensor
+    boxes: Tensor
     valid: Tensor
     iou: Tensor
     assignment: Assignment
@@ -44,7 +50,7 @@ class Matched:
 
 @torch.no_grad()
 def match(anchors: Tensor, counts: Sequence[int], gt: Tensor, size: tuple[int, int], topk: int = 9) -> Matched:
-    """Assign the objects (k, 4) of one picture to its anchors (N, 4).
+    """Assign the objects of one picture, (k, 4) or rotated (k, 5), to its anchors (N, 4).
 
     Args:
         size: (height, width) without padding; anchors centred in the padding take no part.
@@ -52,8 +58,8 @@ def match(anchors: Tensor, counts: Sequence[int], gt: Tensor, size: tuple[int, i
     Other arguments as in ``atss``.
     """
     valid = inside((anchors[:, :2] + anchors[:, 2:]) / 2, size)
-    iou = pairwise_iou(gt, anchors)
-    return Matched(anchors, valid, iou, atss(anchors, counts, gt, topk, valid, iou))
+    iou = pairwise_overlap(gt, anchors)
+    return Matched(anchors, gt, valid, iou, atss(anchors, counts, gt, topk, valid, iou))
 
 
 @torch.no_grad()
@@ -74,22 +80,28 @@ def atss(
     Args:
         anchors: (N, 4), level after level.
         counts: anchors of each level.
-        gt: (k, 4); k = 0 makes everything background.
+        gt: (k, 4) or rotated (k, 5), whose overlap and inside are those of the turned box; k = 0 makes everything
+            background.
         topk: candidates a level, >= 1.
         valid: (N,) bool, anchors that take part; all unless given.
-        iou: (k, N) ``pairwise_iou(gt, anchors)``, where it is known already.
+        iou: (k, N) overlap of every object with every anchor, where it is known already.
     """
     if len(gt) == 0:
         return Assignment(
             torch.full(anchors.shape[:1], -1, device=anchors.device), anchors.new_zeros(len(anchors)), gt.new_zeros(0)
         )
-    iou = pairwise_iou(gt, anchors) if iou is None else iou
-    nearest = _nearest(centre_distance(gt[:, None], anchors), counts, topk, valid)
-    overlap = iou.gather(1, nearest)
+    nearest = _nearest(centre_distance(hull(gt)[:, None], anchors), counts, topk, valid)
+    if iou is not None:
+        overlap = iou.gather(1, nearest)
+    elif gt.shape[1] == 4:
+        overlap = pairwise_iou(gt, anchors).gather(1, nearest)
+    else:
+        overlap = candidate_overlap(gt, anchors[nearest])
     takes_part = torch.ones_like(overlap, dtype=torch.bool) if valid is None else valid[nearest]
     threshold = _mean_plus_deviation(overlap, takes_part)
-    positive = takes_part & (overlap >= threshold[:, None]) & _centre_inside(anchors[nearest], gt[:, None])
-    wanted = torch.zeros_like(iou).scatter(1, nearest, torch.where(positive, overlap, 0))
+    centres = (anchors[:, :2] + anchors[:, 2:])[nearest] / 2
+    positive = takes_part & (overlap >= threshold[:, None]) & contains(gt[:, None], centres, MARGIN)
+    wanted = overlap.new_zeros(len(gt), len(anchors)).scatter(1, nearest, torch.where(positive, overlap, 0))
     best, index = wanted.max(0)
     return Assignment(torch.where(best > 0, index, -1), best, threshold)
 
@@ -111,10 +123,3 @@ def _mean_plus_deviation(x: Tensor, mask: Tensor) -> Tensor:
     mean = (x * mask).sum(1) / n.clamp(min=1)
     variance = ((x - mean[:, None]).square() * mask).sum(1) / (n - 1).clamp(min=1)
     return torch.where(n > 1, mean + variance.sqrt(), torch.inf)
-
-
-def _centre_inside(anchors: Tensor, gt: Tensor, margin: float = 0.01) -> Tensor:
-    """Whether an anchor's centre is inside a box by more than ``margin`` pixels on each side."""
-    x, y = (anchors[..., 0] + anchors[..., 2]) / 2, (anchors[..., 1] + anchors[..., 3]) / 2
-    near = torch.minimum(torch.minimum(x - gt[..., 0], gt[..., 2] - x), torch.minimum(y - gt[..., 1], gt[..., 3] - y))
-    return near > margin

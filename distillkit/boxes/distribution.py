@@ -12,7 +12,7 @@ def integral(logits: Tensor, support: Tensor | None = None) -> Tensor:
 
     Args:
         logits: (..., K). No temperature: decoding always reads the distribution as it is.
-        support: (K,) value of each bin; 0..K-1 unless given.
+        support: (K,) value of each bin, or (E, K), a row for each of the E edges; 0..K-1 unless given.
 
     Returns:
         (...,) in the support's unit (strides of the level).
@@ -70,7 +70,7 @@ def _support(support: Tensor | None, like: Tensor) -> Tensor:
     bins = like.shape[-1]
     if support is None:
         return torch.arange(bins, device=like.device, dtype=like.dtype)
-    if support.shape != (bins,):
+    if support.shape not in ((bins,), like.shape[-2:]):
         raise ValueError(
             f"the support has shape {tuple(support.shape)}, the distribution {bins} bins; give one value a bin"
         )

@@ -108,6 +108,8 @@ def _regions(view: Detections, targets: Truth, radius: float) -> tuple[Tensor, T
         raise ValueError(
             f"FCOS has one point a cell, this head has {maps.anchors} anchors a cell; use a region of boxes.max_iou"
         )
+    if any(boxes.shape[1] != 4 for boxes in targets.boxes):
+        raise ValueError("FCOS assigns upright boxes (k, 4), these objects are rotated; use a region of boxes.regions")
     key = ("fcos", maps.sizes, strides, view.centre, radius)
     if key not in targets.memo:
         points = grid_points(maps.sizes, strides, view.centre, maps.levels[0].device)

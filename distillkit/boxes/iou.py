@@ -44,16 +44,18 @@ def enclosing_diagonal(a: Tensor, b: Tensor) -> Tensor:
 
 
 def check_boxes(target: int, boxes: Tensor) -> None:
-    """Raise ValueError naming the first box of target ``target`` that is not finite or not x1 < x2, y1 < y2.
+    """Raise ValueError naming the first box of target ``target`` that is not finite or has no area.
 
-    Looked at only on the CPU: elsewhere it would wait for the device.
+    boxes: (k, 4) x1, y1, x2, y2 or rotated (k, 5) cx, cy, w, h, angle. Looked at only on the CPU: elsewhere it would
+    wait for the device.
     """
     if boxes.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    good = boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    rotated = boxes.shape[1] == 5
+    sides = boxes[:, 2:4] if rotated else boxes[:, 2:] - boxes[:, :2]
+    good = boxes.isfinite().all(1) & (sides > 0).all(1)
     if not bool(good.all()):
         at = int((~good).nonzero()[0])
-        raise ValueError(
-            f"target {target}: box {at} is {boxes[at].tolist()}; expected finite x1, y1, x2, y2 in pixels with x1 < x2 "
-            "and y1 < y2"
-        )
+        upright = "x1, y1, x2, y2 in pixels with x1 < x2 and y1 < y2"
+        form = "cx, cy, w, h in pixels and an angle in radians, with w > 0 and h > 0" if rotated else upright
+        raise ValueError(f"target {target}: box {at} is {boxes[at].tolist()}; expected finite {form}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distillkit.boxes.maps import Where
+from distillkit.boxes.overlap import Overlap
 from distillkit.boxes.regions import VALUABLE_SHARE, AnchorWeight, Detections, Truth, Valuable, choose, matched
 
 
@@ -48,16 +49,18 @@ class MaxIoUMain:
 
     Args:
         positive, negative: thresholds of the assigner.
+        overlap: of rotated objects, see ``boxes.overlap.Overlap``; "enclosing" is how rotated RetinaNet assigns.
     """
 
     positive: float = 0.5
     negative: float = 0.4
+    overlap: Overlap = "enclosing"
     name: ClassVar[str] = "main"
 
     def overlaps(self, view: Detections, targets: Truth) -> Tensor:
         """(B, N) overlap of every positive anchor with its object, 0 elsewhere."""
         rows = []
-        for m in matched(view, targets):
+        for m in matched(view, targets, overlap=self.overlap):
             index = assign(m.iou, m.valid, self.positive, self.negative)
             if len(m.iou) == 0:
                 rows.append(torch.zeros_like(index, dtype=m.anchors.dtype))

@@ -1,6 +1,6 @@
 """For rotated RetinaNet, as in Rotated-LD (Zheng et al., arXiv:2204.05957): main and valuable region in one.
 
-Give it to a distiller, ``LD(Merged())``; the head's adapter gives the view its anchors' upright boxes.
+Give it to a distiller, ``LD(Merged())``.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distillkit.boxes.maps import Where
+from distillkit.boxes.overlap import Overlap
 from distillkit.boxes.regions import AnchorWeight, Detections, Truth, choose, matched
 
 
@@ -17,14 +18,20 @@ from distillkit.boxes.regions import AnchorWeight, Detections, Truth, choose, ma
 class Merged:
     """All anchors that overlap an object by at least ``gamma`` times its positive threshold. Default weight "iou".
 
-    The threshold is that of ATSS; there is no upper bound and no test of centres. For rotated objects the targets hold
-    their upright boxes (centre, width and height with the angle left out), as the release has it.
+    The threshold is that of ATSS; there is no upper bound and no test of centres.
+
+    Of rotated objects the release takes the boxes with the angle left out (``overlap="angle-free"``). Its region
+    depends on how an angle is written and lies across an object that stands upright. On the objects of HIT-UAV, cars
+    most of them, 20 % of its anchors of rotated RetinaNet overlap no object by 0.1; of the default, of the same size,
+    13 %.
 
     Args:
         gamma: 0..1.
+        overlap: of rotated objects, see ``boxes.overlap.Overlap``.
     """
 
     gamma: float = 0.25
+    overlap: Overlap = "rotated"
     name: ClassVar[str] = "merged"
     level_means: ClassVar[bool] = True
 
@@ -32,8 +39,8 @@ class Merged:
         self, view: Detections, targets: Truth, weight: AnchorWeight | None = None, dense: bool | None = None
     ) -> tuple[Where, Tensor]:
         rows = []
-        for m, boxes in zip(matched(view, targets), targets.boxes):
-            if len(boxes) == 0:
+        for m in matched(view, targets, overlap=self.overlap):
+            if len(m.boxes) == 0:
                 rows.append(m.anchors.new_zeros(len(m.anchors)))
                 continue
             selected = (m.iou >= self.gamma * m.assignment.threshold[:, None]) & m.valid

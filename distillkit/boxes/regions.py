@@ -4,6 +4,9 @@ The main region are the positives of the ATSS assigner. The valuable localizatio
 object that overlap it well but not well enough to be positive: between ``gamma`` times its positive threshold and the
 threshold itself. An anchor can be in both.
 
+Objects may be rotated; anchors are upright. What of a rotated object its overlap with anchors is measured by is the
+regions' ``overlap``: the object itself, ``rotated``, unless told otherwise.
+
 Two paths lead to the same loss. The gathering one finds the region's anchors and reads only those; it waits for the
 device. The dense one gives every anchor a weight, 0 outside, and waits for nothing: the choice on accelerators.
 """
@@ -17,8 +20,9 @@ from torch import Tensor
 
 from distillkit.boxes.anchors import grid_anchors
 from distillkit.boxes.assign import Matched, match
-from distillkit.boxes.iou import area, centre_distance, enclosing_diagonal, intersection, pairwise_iou
+from distillkit.boxes.iou import area, centre_distance, enclosing_diagonal, intersection
 from distillkit.boxes.maps import Maps, Where, where_of
+from distillkit.boxes.overlap import Overlap, hull, pairwise_overlap, seen_as, shared_part
 from distillkit.boxes.precision import at_least_float32
 
 Measure = Literal["diou", "release", "iou"]
@@ -92,14 +96,16 @@ class Main:
 
     Args:
         topk: candidates a level of the assigner.
+        overlap: of rotated objects, see ``boxes.overlap.Overlap``.
     """
 
     topk: int = 9
+    overlap: Overlap = "rotated"
     name: ClassVar[str] = "main"
 
     def overlaps(self, view: Detections, targets: Truth) -> Tensor:
         """(B, N) overlap of every anchor of the region with its object, 0 outside."""
-        return torch.stack([m.assignment.iou for m in matched(view, targets, self.topk)])
+        return torch.stack([m.assignment.iou for m in matched(view, targets, self.topk, self.overlap)])
 
     def __call__(
         self, view: Detections, targets: Truth, weight: AnchorWeight | None = None, dense: bool | None = None
@@ -116,12 +122,14 @@ class Valuable:
         measure: see ``valuable_weight``; the published code used "release", the paper describes "diou", the default.
         topk: candidates a level of the assigner, which sets the threshold.
         share: what ``LD`` multiplies the loss by; the release divides by 16 here and by 4 in the main region.
+        overlap: of rotated objects, see ``boxes.overlap.Overlap``.
     """
 
     gamma: float = 0.25
     measure: Measure = "diou"
     topk: int = 9
     share: float = VALUABLE_SHARE
+    overlap: Overlap = "rotated"
     name: ClassVar[str] = "valuable"
 
     def __post_init__(self) -> None:
@@ -133,8 +141,8 @@ class Valuable:
     def overlaps(self, view: Detections, targets: Truth) -> Tensor:
         """(B, N) overlap of every anchor of the region with its object, 0 outside."""
         rows = []
-        for m, boxes in zip(matched(view, targets, self.topk), targets.boxes):
-            row = valuable_weight(m.anchors, boxes, m.assignment.threshold, self.gamma, self.measure, m.iou)
+        for m in matched(view, targets, self.topk, self.overlap):
+            row = valuable_weight(m.anchors, m.boxes, m.assignment.threshold, self.gamma, self.measure, m.iou)
             rows.append(row * m.valid)
         return torch.stack(rows)
 
@@ -183,16 +191,16 @@ def valuable_weight(
 
     Args:
         anchors: (N, 4).
-        gt: (k, 4); k = 0 gives zeros.
+        gt: (k, 4) or rotated (k, 5), with c around their upright hull; k = 0 gives zeros.
         threshold: (k,) the positive thresholds (``Assignment.threshold``).
         gamma: 0..1.
         measure: X.
-        iou: (k, N) ``pairwise_iou(gt, anchors)``, where it is known already.
+        iou: (k, N) overlap of every object with every anchor, where it is known already.
     """
     if len(gt) == 0:
         return anchors.new_zeros(len(anchors))
-    iou = pairwise_iou(gt, anchors) if iou is None else iou
-    x = _measured(anchors, gt[:, None], iou, measure)
+    iou = pairwise_overlap(gt, anchors) if iou is None else iou
+    x = _measured(anchors, gt, iou, measure)
     selected = (x >= gamma * threshold[:, None]) & (x < threshold[:, None])
     return torch.where(selected, iou, 0).amax(0)
 
@@ -200,11 +208,17 @@ def valuable_weight(
 def _measured(anchors: Tensor, gt: Tensor, iou: Tensor, measure: Measure) -> Tensor:
     if measure == "iou":
         return iou
-    overlap = iou if measure == "diou" else intersection(gt, anchors) / area(anchors).clamp(min=1e-6)
-    return overlap - centre_distance(gt, anchors) / enclosing_diagonal(gt, anchors).clamp(min=1e-6)
+    around = hull(gt)[:, None]
+    if measure == "diou":
+        overlap = iou
+    elif gt.shape[1] == 4:
+        overlap = intersection(around, anchors) / area(anchors).clamp(min=1e-6)
+    else:
+        overlap = shared_part(gt, anchors)
+    return overlap - centre_distance(around, anchors) / enclosing_diagonal(around, anchors).clamp(min=1e-6)
 
 
-def matched(view: Detections, targets: Truth, topk: int = 9) -> list[Matched]:
+def matched(view: Detections, targets: Truth, topk: int = 9, overlap: Overlap = "rotated") -> list[Matched]:
     """One entry a picture, computed once a step for all distillers (kept in ``targets.memo``).
 
     Raises:
@@ -214,11 +228,11 @@ def matched(view: Detections, targets: Truth, topk: int = 9) -> list[Matched]:
     maps, strides = view.classes, tuple(view.strides)
     if maps.images != len(targets.boxes):
         raise ValueError(f"the head saw {maps.images} pictures, the targets describe {len(targets.boxes)}")
-    key = ("matched", maps.sizes, strides, view.centre, view.octave, view.anchors is None, topk)
+    key = ("matched", maps.sizes, strides, view.centre, view.octave, view.anchors is None, topk, overlap)
     if key not in targets.memo:
         anchors = _anchors(view)
         targets.memo[key] = [
-            match(anchors, maps.counts, boxes, size, topk)
+            match(anchors, maps.counts, seen_as(boxes, overlap), size, topk)
             for boxes, size in zip(targets.boxes, targets.sizes, strict=True)
         ]
     return targets.memo[key]

@@ -66,7 +66,8 @@ class DenseDetections(View):
         edges: logits of the E edges' distributions of K bins, ``shape == (E, K)``; None for heads without them.
         strides: pixels per cell of each level.
         centre: where in its cell an anchor's point stands: 0 = the corner (GFL), 0.5 = the middle (FCOS, YOLO).
-        support: (K,) the value of each bin in strides; 0..K-1 unless given.
+        support: (K,) the value of each bin in strides, or (E, K), a row an edge where they differ, each in the unit
+            that the head decodes it in; 0..K-1 unless given.
         octave: side of the square anchor box in strides (8 in GFL and ATSS); used by assigners and regions.
         anchors: (N, 4) x1, y1, x2, y2 pixels of one picture's anchors, in the order level, y, x, anchor, for heads
             whose anchors are not one square a cell (RetinaNet); None: squares of side ``octave`` around the points.
@@ -84,7 +85,7 @@ class DenseDetections(View):
 
     @property
     def bins(self) -> Tensor:
-        """(K,) bin values in strides."""
+        """``support``, or what it is unless given: (K,) bin values in strides."""
         assert self.edges is not None
         return (
             self.support
@@ -169,7 +170,7 @@ class BoxTargets:
     """Ground truth of a batch of pictures, in pixels of the network's input.
 
     Args:
-        boxes: per image (k, 4) x1, y1, x2, y2.
+        boxes: per image (k, 4) x1, y1, x2, y2, or rotated (k, 5) cx, cy, w, h, angle (radians, clockwise as seen).
         labels: per image (k,) int64, 0..C-1.
         sizes: per image (height, width) before padding to the batch's size: anchors outside it take no part.
         memo: what several distillers need of the same step (anchors, the assignment), computed once.

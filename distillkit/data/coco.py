@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from distillkit.data.detection import PictureDetection, Row, Split, examine, existing, missing_picture, record_of
+from distillkit.data.detection import (
+    PictureDetection,
+    R,
+    Record,
+    Row,
+    Split,
+    examine,
+    existing,
+    missing_picture,
+    record_of,
+)
 from distillkit.data.problems import DataError, Findings, Problem
 from distillkit.data.transforms import Transform
+
+T = TypeVar("T")
+Size = tuple[int, int]
+#: (annotation, its id for messages, label, size of its picture, findings) -> the object; None where it is broken
+ObjectOf = Callable[[dict[str, Any], str, int, Size, Findings], T | None]
+#: (image id, path, size, objects, findings) -> the picture's record
+RecordOf = Callable[[int, Path, Size, list[T], Findings], R]
 
 
 class CocoDetection(PictureDetection):
@@ -36,9 +54,13 @@ class CocoDetection(PictureDetection):
         super().__init__(read_coco(root, annotations, images), transform, seed)
 
 
-def read_coco(root: str | Path, annotations: str | Path, images: str | Path = "images") -> Split:
+def read_coco(root: str | Path, annotations: str | Path, images: str | Path = "images") -> Split[Record]:
     """What a COCO file says, and what is wrong with it (``Split.problems``). Opens no picture, raises nothing."""
-    path, folder = Path(root) / annotations, Path(root) / images
+    return read_objects(Path(root) / annotations, Path(root) / images, _upright, _record)
+
+
+def read_objects(path: Path, folder: Path, object_of: ObjectOf[T], record_of: RecordOf[T, R]) -> Split[R]:
+    """What a COCO file says of pictures in a folder, whatever its objects are. Opens no picture, raises nothing."""
     findings = Findings(str(path))
     try:
         content = _content(path)
@@ -46,12 +68,31 @@ def read_coco(root: str | Path, annotations: str | Path, images: str | Path = "i
         return Split(str(path), [], [], [], error.problems)
     names = _categories(content["categories"], findings)
     pictures = _pictures(content["images"], findings)
-    rows = _rows(content["annotations"], pictures, {id: label for label, id in enumerate(names)}, findings)
-    records = [record_of(i, folder / name, size, rows[i]) for i, (name, size) in pictures.items()]
+    labels = {id: label for label, id in enumerate(names)}
+    rows = _rows(content["annotations"], pictures, labels, object_of, findings)
+    records = [record_of(i, folder / name, size, rows[i], findings) for i, (name, size) in pictures.items()]
     there = list(existing(r.path for r in records))
     findings.problems += [missing_picture(r.path, r.image_id) for r, found in zip(records, there) if not found]
     records = [r for r, found in zip(records, there) if found]
     return Split(str(path), list(names.values()), list(names), records, findings.problems)
+
+
+def _upright(annotation: dict[str, Any], id: str, label: int, size: Size, findings: Findings) -> Row | None:
+    box = annotation.get("bbox")
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
+        findings.add(id, f"bbox is {_short(box)}", "write four numbers x, y, width, height")
+        return None
+    x, y, width, height = (float(v) for v in box)
+    useful = examine((x, y, width, height), size, id, findings)
+    if useful is None:
+        return None
+    area = annotation.get("area")
+    area = float(area) if isinstance(area, (int, float)) else width * height
+    return Row((x, y, width, height), label, area, bool(annotation.get("iscrowd")), useful)
+
+
+def _record(image_id: int, path: Path, size: Size, rows: list[Row], _: Findings) -> Record:
+    return record_of(image_id, path, size, rows)
 
 
 def _content(path: Path) -> dict[str, list[Any]]:
@@ -92,9 +133,9 @@ def _categories(rows: list[Any], findings: Findings) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
-def _pictures(rows: list[Any], findings: Findings) -> dict[int, tuple[str, tuple[int, int]]]:
+def _pictures(rows: list[Any], findings: Findings) -> dict[int, tuple[str, Size]]:
     """File name and (height, width) by id, in the order of the file."""
-    pictures: dict[int, tuple[str, tuple[int, int]]] = {}
+    pictures: dict[int, tuple[str, Size]] = {}
     for row in rows:
         if not isinstance(row, dict) or not isinstance(row.get("id"), int) or not isinstance(row.get("file_name"), str):
             what = f"image {_short(row)} lacks an integer id or a file_name"
@@ -115,12 +156,13 @@ def _pictures(rows: list[Any], findings: Findings) -> dict[int, tuple[str, tuple
 
 def _rows(
     annotations: list[Any],
-    pictures: dict[int, tuple[str, tuple[int, int]]],
+    pictures: dict[int, tuple[str, Size]],
     labels: dict[int, int],
+    object_of: ObjectOf[T],
     findings: Findings,
-) -> dict[int, list[Row]]:
+) -> dict[int, list[T]]:
     """The objects of each picture, by image id."""
-    rows: dict[int, list[Row]] = {image: [] for image in pictures}
+    rows: dict[int, list[T]] = {image: [] for image in pictures}
     seen: set[int] = set()
     for annotation in annotations:
         if not isinstance(annotation, dict) or not isinstance(annotation.get("id"), int):
@@ -131,7 +173,7 @@ def _rows(
             findings.add(id, "this id is given twice", "give every annotation its own id")
         else:
             seen.add(annotation["id"])
-            row = _row(annotation, pictures, labels, findings)
+            row = _row(annotation, pictures, labels, object_of, findings)
             if row is not None:
                 rows[annotation["image_id"]].append(row)
     if pictures and not annotations:
@@ -142,28 +184,22 @@ def _rows(
 
 def _row(
     annotation: dict[str, Any],
-    pictures: dict[int, tuple[str, tuple[int, int]]],
+    pictures: dict[int, tuple[str, Size]],
     labels: dict[int, int],
+    object_of: ObjectOf[T],
     findings: Findings,
-) -> Row | None:
+) -> T | None:
     """The object of an annotation; None where it is broken, with the reason in ``findings``."""
     id = f"annotation {annotation['id']}"
-    image, category, box = (annotation.get(key) for key in ("image_id", "category_id", "bbox"))
+    image, category = annotation.get("image_id"), annotation.get("category_id")
     if not isinstance(image, int) or image not in pictures:
         what = f"belongs to image {image!r}, which is not listed (or is itself broken)"
         findings.add(id, what, "add the image or remove the annotation")
     elif not isinstance(category, int) or category not in labels:
         what = f"category {category!r} is unknown; the file has {_short(list(labels))}"
         findings.add(id, what, "add the category or correct the annotation")
-    elif not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
-        findings.add(id, f"bbox is {_short(box)}", "write four numbers x, y, width, height")
     else:
-        x, y, width, height = (float(v) for v in box)
-        useful = examine((x, y, width, height), pictures[image][1], id, findings)
-        if useful is not None:
-            area = annotation.get("area")
-            area = float(area) if isinstance(area, (int, float)) else width * height
-            return Row((x, y, width, height), labels[category], area, bool(annotation.get("iscrowd")), useful)
+        return object_of(annotation, id, labels[category], pictures[image][1], findings)
     return None
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -38,14 +38,30 @@ class Row(NamedTuple):
     usable: bool
 
 
+class Pictured(Protocol):
+    """A picture of a data set; what is written about its objects depends on the kind of boxes.
+
+    image_id: its number in the annotations. path: the picture. size: (height, width) as annotated.
+    """
+
+    @property
+    def image_id(self) -> int: ...
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+
+R = TypeVar("R", bound=Pictured)
+
+
 @dataclass(frozen=True)
 class Record:
-    """One picture and everything written about it.
+    """One picture and everything written about it: a ``Pictured`` with upright boxes.
 
     Args:
-        image_id: its number in the annotations.
-        path: the picture.
-        size: (height, width) as annotated.
         boxes: float64 (k, 4) x, y, width, height in pixels, as in COCO, all that were written down.
         labels: int64 (k,), 0..C-1.
         areas: float64 (k,) pixels: of the object's outline where that is known, else of its box.
@@ -65,7 +81,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Generic[R]):
     """What one annotation file (or list) says, and all that is wrong with what it says. ``check_dataset`` reads it.
 
     Args:
@@ -79,16 +95,16 @@ class Split:
     file: str
     classes: list[str]
     category_ids: list[int]
-    records: list[Record]
+    records: list[R]
     problems: list[Problem]
 
 
-class PictureDetection(Dataset[tuple[Tensor, dict[str, Any]]]):
+class Pictures(Dataset[tuple[Tensor, dict[str, Any]]], Generic[R]):
     """``dataset[(epoch, index)]`` -> image float32 (3, H, W) in 0..1 and a target dict.
 
-    The target holds boxes float32 (k, 4) x1, y1, x2, y2 in pixels of this image, labels int64 (k,), image_id int and
-    size (H0, W0) of the picture as it is on disk; from ``Resize`` also scale (sx, sy), image over original.
-    A sample depends on (seed, epoch, index) alone.
+    The target holds boxes in pixels of this image, labels int64 (k,), image_id int and size (H0, W0) of the picture as
+    it is on disk; from ``Resize`` also scale (sx, sy), image over original. A sample depends on (seed, epoch, index)
+    alone.
 
     Pictures are opened with Pillow as the file stores its pixels: an EXIF rotation is not applied, as in COCO, whose
     boxes refer to the stored pixels. Pictures without boxes are kept.
@@ -98,7 +114,7 @@ class PictureDetection(Dataset[tuple[Tensor, dict[str, Any]]]):
     "distillkit.data" gets one warning that names them.
     """
 
-    def __init__(self, split: Split, transform: Transform | None = None, seed: int = 0):
+    def __init__(self, split: Split[R], transform: Transform | None = None, seed: int = 0):
         fatal = [p for p in split.problems if p.fatal]
         if fatal:
             raise DataError(fatal)
@@ -123,18 +139,36 @@ class PictureDetection(Dataset[tuple[Tensor, dict[str, Any]]]):
 
     @property
     def usable_boxes(self) -> int:
-        """How many boxes can be learned, and found: neither crowds nor broken ones."""
-        return sum(int((record.usable & ~record.crowd).sum()) for record in self.records)
+        """How many boxes can be learned, and found."""
+        return sum(int(self.taught(record).sum()) for record in self.records)
 
     def load(self, index: int) -> Sample:
         """Picture ``index`` as it is on disk, with the boxes to be learned."""
         record = self.records[index]
         image = torch.from_numpy(read_picture(record)).permute(2, 0, 1).contiguous()
-        taught = record.usable & ~record.crowd
+        boxes, labels = self.targets(record, self.taught(record))
+        return sample_of(image, boxes, labels)
+
+    def taught(self, record: R) -> np.ndarray:
+        """bool (k,): which objects of a picture are to be learned."""
+        raise NotImplementedError
+
+    def targets(self, record: R, taught: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Boxes and labels of these objects, as ``sample_of`` takes them."""
+        raise NotImplementedError
+
+
+class PictureDetection(Pictures[Record]):
+    """Upright boxes: items as ``Pictures`` says, with boxes float32 (k, 4) x1, y1, x2, y2. Crowds and broken boxes are
+    not taught."""
+
+    def taught(self, record: Record) -> np.ndarray:
+        return record.usable & ~record.crowd
+
+    def targets(self, record: Record, taught: np.ndarray) -> tuple[Tensor, Tensor]:
         corners = record.boxes[taught]
         corners = np.concatenate([corners[:, :2], corners[:, :2] + corners[:, 2:]], 1)
-        boxes = torch.from_numpy(corners.astype(np.float32))
-        return sample_of(image, boxes, torch.from_numpy(record.labels[taught]))
+        return torch.from_numpy(corners.astype(np.float32)), torch.from_numpy(record.labels[taught])
 
     def to_coco_json(self) -> dict[str, Any]:
         """The ground truth as a COCO dict (images, annotations, categories), every box of the annotations included."""
@@ -163,7 +197,7 @@ def coco_json(classes: list[str], category_ids: list[int], records: Iterable[Rec
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def read_picture(record: Record) -> np.ndarray:
+def read_picture(record: Pictured) -> np.ndarray:
     """The picture of a record, uint8 (H, W, 3) RGB. Raises DataError, with one problem, where it cannot be used."""
     problem = f"image {record.image_id}"
     try:
@@ -171,15 +205,23 @@ def read_picture(record: Record) -> np.ndarray:
             pixels = np.array(picture.convert("RGB"))
     except FileNotFoundError:
         raise DataError([missing_picture(record.path, record.image_id)]) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        what, remedy = f"the picture is too large to be read whole ({error})", "cut it into tiles (distillkit tile)"
+        raise DataError([Problem(str(record.path), problem, what, remedy)]) from error
+    except (OSError, SyntaxError, ValueError) as error:
         what = f"the picture cannot be decoded ({error})"
         raise DataError([Problem(str(record.path), problem, what, "copy the file again or take it out")]) from error
-    if pixels.shape[:2] != record.size:
-        height, width = pixels.shape[:2]
+    check_size(record, pixels.shape[:2])
+    return pixels
+
+
+def check_size(record: Pictured, size: tuple[int, ...]) -> None:
+    """Raises DataError, with one problem, where a picture is not of the annotated size."""
+    if size != record.size:
+        height, width = size
         what = f"the picture is {width} x {height} pixels, the annotations say {record.size[1]} x {record.size[0]}"
         remedy = "correct width and height (EXIF rotation is not applied), or the boxes are not where they should be"
-        raise DataError([Problem(str(record.path), problem, what, remedy)])
-    return pixels
+        raise DataError([Problem(str(record.path), f"image {record.image_id}", what, remedy)])
 
 
 def missing_picture(path: Path, image_id: int) -> Problem:

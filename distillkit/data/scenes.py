@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from distillkit.boxes.rotated import corners
 from distillkit.data.detection import Record, coco_json
 from distillkit.data.transforms import Resize, Sample, Transform, generator_for, sample_of
 
@@ -32,7 +33,7 @@ SPLITS = {
 }
 ENLARGED = 6  # pixels a side for each of the 8 x 8 of a digit
 GLYPH = 10 * ENLARGED  # with an empty margin of one of them, which rounds strokes that reach the border
-TURN = math.radians(30)  # digits are turned by up to this; much more would make a 6 of a 9
+TURN = math.radians(30)  # digits are turned by up to this
 SIDES = (0.25, 0.55)  # height of a digit's 8 x 8 field as a share of the scene's shorter side
 CONTRAST = (0.3, 0.6)  # distance of a digit's brightness (0..1) from what lies under it
 OVERLAP = 0.1  # of the smaller of two boxes; drawn pixels never touch
@@ -80,6 +81,9 @@ class Scenes(Dataset[tuple[Tensor, dict[str, Any]]]):
         transform: as in ``CocoDetection``; None: the scene as it is.
         extras: adds rotated_boxes (k, 5) and masks (k, H, W) bool to the target; these are not transformed, so this
             excludes ``transform``.
+        rotated: the target's boxes are rotated ones, (k, 5), as ``RotatedDetection`` has them.
+        turn: digits are turned by up to this many degrees either way, below 90: a 6 and a 9 differ by half a turn, so
+            at 60 they are still a sixth of a turn apart, at 90 they are one.
 
     Raises ValueError for a split, size or number that cannot be.
     """
@@ -93,6 +97,8 @@ class Scenes(Dataset[tuple[Tensor, dict[str, Any]]]):
         digits: tuple[int, int] = (1, 6),
         transform: Transform | None = None,
         extras: bool = False,
+        rotated: bool = False,
+        turn: float = 30,
     ):
         if split not in SPLITS:
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
@@ -103,7 +109,10 @@ class Scenes(Dataset[tuple[Tensor, dict[str, Any]]]):
             )
         if extras and transform is not None:
             raise ValueError("extras: rotated boxes and masks are not transformed; leave out transform or extras")
+        if not 0 <= turn < 90:
+            raise ValueError(f"turn: expected degrees, at least 0 and below 90, got {turn}")
         self.n, self.seed, self.split, self.digits, self.extras = n, seed, split, digits, extras
+        self.rotated, self.turn = rotated, math.radians(turn)
         self.transform: Transform = transform or Resize()
         self.classes = [str(d) for d in range(10)]
         self.category_ids = list(range(1, 11))
@@ -117,7 +126,7 @@ class Scenes(Dataset[tuple[Tensor, dict[str, Any]]]):
         generator = generator_for(self.seed, epoch, index)
         chosen = self.transform.indices(index, self.n, generator)
         scenes = [self.scene(i, epoch) for i in chosen]
-        image, target = self.transform([_sample(s) for s in scenes], generator)
+        image, target = self.transform([_sample(s, self.rotated) for s in scenes], generator)
         target |= {"image_id": index + 1, "size": self.size}
         if self.extras:
             target["rotated_boxes"] = torch.from_numpy(scenes[0].rotated_boxes)
@@ -130,11 +139,24 @@ class Scenes(Dataset[tuple[Tensor, dict[str, Any]]]):
             raise IndexError(f"scene {index} of {self.n}")
         shown = epoch if self.split == "train" else 0
         rng = np.random.default_rng([self.seed, list(SPLITS).index(self.split), shown, index])
-        return compose(rng, self.size, self.split, self.digits)
+        return compose(rng, self.size, self.split, self.digits, self.turn)
 
     def to_coco_json(self) -> dict[str, Any]:
         """The ground truth (of epoch 0) as a COCO dict; areas are those of the masks."""
         return coco_json(self.classes, self.category_ids, (self._record(i) for i in range(self.n)))
+
+    def truth(self) -> list[dict[str, Any]]:
+        """What evaluation compares rotated boxes with (of epoch 0), as ``RotatedDetection.truth`` gives it."""
+        scenes = (self.scene(i) for i in range(self.n))
+        return [
+            {
+                "image_id": image_id,
+                "boxes": torch.from_numpy(scene.rotated_boxes).double(),
+                "labels": torch.from_numpy(scene.labels),
+                "difficult": torch.zeros(len(scene.labels), dtype=torch.bool),
+            }
+            for image_id, scene in enumerate(scenes, 1)
+        ]
 
     def _record(self, index: int) -> Record:
         scene = self.scene(index)
@@ -151,8 +173,11 @@ class Scenes(Dataset[tuple[Tensor, dict[str, Any]]]):
         )
 
 
-def compose(rng: np.random.Generator, size: tuple[int, int], split: str, digits: tuple[int, int]) -> Scene:
-    """Draw one scene of (height, width) pixels; everything random comes from ``rng``."""
+def compose(
+    rng: np.random.Generator, size: tuple[int, int], split: str, digits: tuple[int, int], turn: float = TURN
+) -> Scene:
+    """Draw one scene of (height, width) pixels with digits turned by up to ``turn`` radians; everything random comes
+    from ``rng``."""
     pool, columns = SPLITS[split]
     glyphs, labels = _glyphs()
     canvas = _background(rng, size, columns)
@@ -160,7 +185,7 @@ def compose(rng: np.random.Generator, size: tuple[int, int], split: str, digits:
     placed: list[_Digit] = []
     for _ in range(int(rng.integers(digits[0], digits[1] + 1))):
         which = int(rng.integers(pool.start, pool.stop))
-        angle = rng.uniform(-TURN, TURN)
+        angle = rng.uniform(-turn, turn)
         alpha = _turned(glyphs[which], min(size) * rng.uniform(*SIDES), angle)
         digit = _place(rng, alpha, angle, int(labels[which]), taken, [p.box for p in placed])
         if digit is not None:
@@ -302,6 +327,7 @@ def _photographs() -> list[Image.Image]:
     return [Image.fromarray(pixels) for pixels in load_sample_images().images]
 
 
-def _sample(scene: Scene) -> Sample:
+def _sample(scene: Scene, rotated: bool) -> Sample:
     image = torch.from_numpy(scene.image).permute(2, 0, 1).contiguous()
-    return sample_of(image, torch.from_numpy(scene.boxes), torch.from_numpy(scene.labels))
+    boxes = corners(torch.from_numpy(scene.rotated_boxes)) if rotated else torch.from_numpy(scene.boxes)
+    return sample_of(image, boxes, torch.from_numpy(scene.labels))

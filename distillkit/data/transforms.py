@@ -4,12 +4,14 @@ Geometry is torchvision's: continuous pixel coordinates, (0, 0) the outer corner
 scaled with the picture and mirrored as ``x -> width - x``. What is drawn at random is drawn here, from the one
 generator that is handed in: torchvision's own random transforms read the global state, which depends on the order of
 calls and on the number of workers.
+
+Boxes are upright, or rotated: those are four points each (``Quads``) until the last step makes rectangles of them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +19,12 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
+
+from distillkit.boxes.rotated import from_corners
+from distillkit.data.quads import Quads, part_inside
+
+#: the least part of a rotated box that a crop must show for the box to stay (DOTA's published split)
+LEAST_INSIDE = 0.7
 
 Size = tuple[int, int]
 
@@ -27,7 +35,7 @@ class Sample:
 
     Args:
         image: uint8 (3, H, W), or float32 in 0..1, RGB.
-        boxes: float32 (k, 4) x1, y1, x2, y2 in its pixels.
+        boxes: in its pixels: float32 (k, 4) x1, y1, x2, y2; or ``Quads``, float (k, 8).
         labels: int64 (k,).
     """
 
@@ -42,7 +50,7 @@ class Sample:
 
 
 def sample_of(image: Tensor, boxes: Tensor, labels: Tensor) -> Sample:
-    """A sample from plain tensors of the same shapes and dtypes."""
+    """A sample from plain tensors. boxes: (k, 4) upright, or (k, 4, 2) or (k, 8), the points of rotated ones."""
     size = (image.shape[-2], image.shape[-1])
     return Sample(tv_tensors.Image(image), _boxes(boxes, size), labels)
 
@@ -60,7 +68,8 @@ class Transform(Protocol):
         """The pictures that sample ``index`` of ``length`` is made of, itself first."""
 
     def __call__(self, samples: Sequence[Sample], generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
-        """The image float32 (3, H, W) in 0..1, and a dict of boxes (k, 4) and labels (k,)."""
+        """The image float32 (3, H, W) in 0..1, and a dict of labels (k,) and boxes: float32 (k, 4) upright ones, or
+        (k, 5) cx, cy, w, h, angle in radians, the smallest rectangles around quads."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +118,11 @@ class Augment:
     Args:
         size, keep_ratio, pad: as in ``Resize``.
         flip: probability of a mirror image.
+        flip_vertical, flip_diagonal: probability of a picture upside down, and of one mirrored both ways. A picture
+            gets one of the three or none, so their sum is at most 1.
         crop: the smallest side of a random crop as a share of the picture's, in (0, 1]; None: no crop. Boxes are cut at
-            its border; one of which less than a pixel in width or height is left is removed.
+            its border; one of which less than a pixel in width or height is left is removed. Rotated boxes are not cut:
+            one of which the crop shows 0.7 of the area stays whole, any other is removed.
         multi_scale: (lo, hi): ``size`` is multiplied by a factor drawn uniformly from it for every sample.
         mosaic: probability of a picture made of four: around a random centre, a crop of each at the size it would have
             alone. The picture of this index is one of them.
@@ -127,12 +139,17 @@ class Augment:
     multi_scale: tuple[float, float] | None = None
     mosaic: float = 0.0
     color: float = 0.0
+    flip_vertical: float = 0.0
+    flip_diagonal: float = 0.0
 
     def __post_init__(self) -> None:
         Resize(self.size)
-        for name in ("flip", "mosaic", "color"):
+        for name in ("flip", "flip_vertical", "flip_diagonal", "mosaic", "color"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a number in 0..1, got {getattr(self, name)}")
+        flips = self.flip + self.flip_vertical + self.flip_diagonal
+        if flips > 1 + 1e-9:
+            raise ValueError(f"flip, flip_vertical and flip_diagonal: expected a sum of at most 1, got {flips:g}")
         if self.crop is not None and not 0 < self.crop <= 1:
             raise ValueError(f"crop: expected the smallest share of a side, in (0, 1], got {self.crop}")
         if self.multi_scale is not None and not 0 < self.multi_scale[0] <= self.multi_scale[1]:
@@ -156,13 +173,22 @@ class Augment:
             sample = _random_crop(sample, self.crop, generator)
         if size is not None:
             sample = _resized(sample, fitted(sample.size, size, self.keep_ratio, self.pad))
-        if _draw(generator) < self.flip:
-            sample = Sample(F.horizontal_flip(sample.image), F.horizontal_flip(sample.boxes), sample.labels)
+        for mirror in self._mirrors(_draw(generator)):
+            sample = Sample(mirror(sample.image), mirror(sample.boxes), sample.labels)
         if self.color:
             sample = _coloured(sample, self.color, generator)
         if self.pad and size is not None:
             sample = _padded(sample, size)
         return _finished(sample)
+
+    def _mirrors(self, drawn: float) -> list[Callable[[Any], Any]]:
+        """What a number drawn from 0..1 does to a picture."""
+        if drawn < self.flip:
+            return [F.horizontal_flip]
+        if drawn < self.flip + self.flip_vertical:
+            return [F.vertical_flip]
+        both = drawn < self.flip + self.flip_vertical + self.flip_diagonal
+        return [F.horizontal_flip, F.vertical_flip] if both else []
 
     def _size(self, generator: torch.Generator) -> Size | None:
         if self.size is None:
@@ -186,13 +212,20 @@ def fitted(picture: Size, bound: Size, keep_ratio: bool, pad: bool = False) -> S
 
 
 def cropped(sample: Sample, top: int, left: int, height: int, width: int) -> Sample:
-    """The part of a sample inside a window: boxes are cut at its border, and removed where the cut leaves less than a
-    pixel in width or height. A box that the border does not touch is kept, however small."""
-    whole = sample.boxes.as_subclass(Tensor) - torch.tensor([left, top, left, top])
-    cut = _clamped(whole, (height, width))
-    kept = ((cut[:, 2:] - cut[:, :2]).amin(1) >= 1) | (cut == whole).all(1)
-    image = F.crop(sample.image, top, left, height, width)
-    return Sample(image, _boxes(cut[kept], (height, width)), sample.labels[kept])
+    """The part of a sample inside a window.
+
+    Upright boxes are cut at its border, and removed where the cut leaves less than a pixel in width or height; one that
+    the border does not touch is kept, however small. Rotated boxes with ``LEAST_INSIDE`` of their area in the window
+    are kept whole, the others removed.
+    """
+    whole = _shifted(sample.boxes, -left, -top)
+    if isinstance(sample.boxes, Quads):
+        cut = whole
+        kept = part_inside(whole.reshape(-1, 4, 2), (0, 0, width, height)) >= LEAST_INSIDE
+    else:
+        cut = _clamped(whole, (height, width))
+        kept = ((cut[:, 2:] - cut[:, :2]).amin(1) >= 1) | (cut == whole).all(1)
+    return sample_of(F.crop(sample.image, top, left, height, width), cut[kept], sample.labels[kept])
 
 
 def _random_crop(sample: Sample, smallest: float, generator: torch.Generator) -> Sample:
@@ -219,7 +252,7 @@ def _mosaic(samples: Sequence[Sample], size: Size, generator: torch.Generator) -
         covering = (max(height, round(sample.size[0] * factor)), max(width, round(sample.size[1] * factor)))
         tile = _window(_resized(sample, covering), (bottom - top, right - left), generator)
         canvas[:, top:bottom, left:right] = tile.image
-        boxes.append(tile.boxes.as_subclass(Tensor) + torch.tensor([left, top, left, top]))
+        boxes.append(_shifted(tile.boxes, left, top))
         labels.append(tile.labels)
     return sample_of(canvas, torch.cat(boxes), torch.cat(labels))
 
@@ -244,7 +277,10 @@ def _coloured(sample: Sample, strength: float, generator: torch.Generator) -> Sa
 
 def _finished(sample: Sample) -> tuple[Tensor, dict[str, Any]]:
     image = _as_float(sample.image).as_subclass(Tensor)
-    boxes = _clamped(sample.boxes.as_subclass(Tensor), sample.size)
+    if isinstance(sample.boxes, Quads):
+        boxes = from_corners(sample.boxes.points).float()
+    else:
+        boxes = _clamped(sample.boxes.as_subclass(Tensor), sample.size)
     return image, {"boxes": boxes, "labels": sample.labels}
 
 
@@ -257,7 +293,14 @@ def _clamped(boxes: Tensor, size: Size) -> Tensor:
     return boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height], dtype=boxes.dtype))
 
 
+def _shifted(boxes: Tensor, right: int, down: int) -> Tensor:
+    plain = boxes.as_subclass(Tensor)
+    return plain + plain.new_tensor([right, down]).repeat(plain.shape[1] // 2)
+
+
 def _boxes(boxes: Tensor, size: Size) -> tv_tensors.BoundingBoxes:
+    if boxes.shape[1:] != (4,):
+        return Quads(boxes, canvas_size=size)
     return tv_tensors.BoundingBoxes(boxes, format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=size)
 
 

@@ -50,7 +50,7 @@ def read_voc(root: str | Path, split: str, classes: Sequence[str] | None = None)
     root, names = Path(root), list(classes or VOC_CLASSES)
     path = root / "ImageSets" / "Main" / f"{split}.txt"
     findings = Findings(str(path))
-    stems = _stems(path, findings)
+    stems = stems_of(path, "ImageSets/Main", findings)
     records: list[Record] = []
     for number, stem in enumerate(stems, 1):
         inside = Findings(str(root / "Annotations" / f"{stem}.xml"))
@@ -61,10 +61,10 @@ def read_voc(root: str | Path, split: str, classes: Sequence[str] | None = None)
     return Split(str(path), names, list(range(1, len(names) + 1)), records, findings.problems)
 
 
-def _stems(path: Path, findings: Findings) -> list[str]:
-    """The names in a list, without repetitions."""
+def stems_of(path: Path, folder: str, findings: Findings) -> list[str]:
+    """The names in a list in ``folder``, without repetitions."""
     if not path.is_file():
-        findings.add(None, "no such file", "correct root, or name a list in ImageSets/Main")
+        findings.add(None, "no such file", f"correct root, or name a list in {folder}")
         return []
     lines = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.split()]
     if not lines:
@@ -80,7 +80,7 @@ def _stems(path: Path, findings: Findings) -> list[str]:
 def _record(root: Path, stem: str, number: int, labels: dict[str, int], findings: Findings) -> Record | None:
     """One picture's XML; None where nothing can be made of it, with the reason in ``findings``."""
     id = f"image {stem}"
-    tree = _tree(id, findings)
+    tree = tree_of(id, findings)
     if tree is None:
         return None
     picture = _picture(root, stem, tree)
@@ -95,7 +95,8 @@ def _record(root: Path, stem: str, number: int, labels: dict[str, int], findings
     return record_of(number, picture, size, [row for row in rows if row is not None])
 
 
-def _tree(id: str, findings: Findings) -> ElementTree.Element | None:
+def tree_of(id: str, findings: Findings) -> ElementTree.Element | None:
+    """The XML file that the findings are about; None where it cannot be read, with the reason in them."""
     try:
         return ElementTree.parse(findings.file).getroot()
     except FileNotFoundError:
@@ -123,7 +124,7 @@ def _size(tree: ElementTree.Element, picture: Path) -> tuple[int, int] | None:
                 return image.height, image.width
         except OSError:
             return None
-    height, width = (_number(element.findtext(key)) for key in ("height", "width"))
+    height, width = (number(element.findtext(key)) for key in ("height", "width"))
     return (int(height), int(width)) if height and width and height > 0 and width > 0 else None
 
 
@@ -132,7 +133,7 @@ def _row(
 ) -> Row | None:
     """One <object>; None where it is broken, with the reason in ``findings``."""
     name = element.findtext("name", "").strip()
-    corners = [_number(element.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
+    corners = [number(element.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
     x1, y1, x2, y2 = corners
     if name not in labels:
         findings.add(id, f"class {name!r} is unknown; known are {', '.join(labels)}", "add it to classes")
@@ -147,7 +148,8 @@ def _row(
     return None
 
 
-def _number(text: str | None) -> float | None:
+def number(text: str | None) -> float | None:
+    """What an element says; None where it is missing or no number."""
     try:
         return float(text) if text is not None else None
     except ValueError:

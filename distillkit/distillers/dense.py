@@ -1,6 +1,5 @@
 """What the distillers of dense detectors share: checks that two heads can be compared, and averages over anchors."""
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -53,16 +52,21 @@ def check_edges(student: DenseDetections, teacher: DenseDetections) -> tuple[Map
 @lru_cache(maxsize=8)  # one look at the values, which waits for the device, and not one a step
 def _check_support(student: Tensor | None, teacher: Tensor | None, bins: int) -> None:
     """Raise ValueError unless the bins of both have the same values; None: 0..K-1."""
-    mine, theirs = (list(range(bins)) if values is None else values.tolist() for values in (student, teacher))
-    if len(mine) != len(theirs) or any(abs(a - b) > 1e-4 for a, b in zip(mine, theirs, strict=True)):
+    mine, theirs = (torch.arange(bins) if v is None else v.detach().cpu() for v in (student, teacher))
+    rows = torch.broadcast_shapes(mine.shape, theirs.shape)
+    differ = ((mine - theirs).abs() > 1e-4).any(-1)
+    if bool(differ.any()):
+        edge = int(differ.view(-1).nonzero()[0])
+        mine, theirs = (values.expand(rows).reshape(-1, bins)[edge] for values in (mine, theirs))
+        of, unit = (f" of edge {edge}", "") if len(rows) > 1 else ("", " strides")
         raise ValueError(
-            f"the student's bins stand at {_values(mine)} strides, the teacher's at {_values(theirs)}; build both "
+            f"the student's bins{of} stand at {_values(mine)}{unit}, the teacher's at {_values(theirs)}; build both "
             "heads with the same bins"
         )
 
 
-def _values(values: Sequence[float]) -> str:
-    return "[" + ", ".join(f"{v:g}" for v in values) + "]"
+def _values(values: Tensor) -> str:
+    return "[" + ", ".join(f"{v:g}" for v in values.tolist()) + "]"
 
 
 def mean_count(selected: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from distillkit.boxes.anchors import grid_points, grid_strides
 from distillkit.boxes.distribution import decode, integral
 from distillkit.boxes.iou import aligned_iou
 from distillkit.boxes.maps import Maps
+from distillkit.boxes.overlap import Overlap, contains
 from distillkit.boxes.precision import at_least_float32
 from distillkit.boxes.regions import Main, matched
 from distillkit.core.distiller import Distiller
@@ -53,7 +54,8 @@ class FeatureImitation(Distiller):
     Default and release. The release averages over the cells of one GPU; the default over those of all ranks. For ``gi``
     the release looks for the 10 cells among all pictures of the batch at once, as though they were one, so that a
     picture hides cells of another; the default looks in each picture. The release drops the levels without any ATSS
-    positive.
+    positive. Of rotated objects the default looks at the turned boxes, Rotated-LD at their boxes with the angle left
+    out; its regrouping of a cell's nine anchors, which marks wrong cells, is in neither.
 
     Raises:
         ValueError: unknown words; maps that differ in number, size or, without projection, width; ``whole`` with
@@ -125,16 +127,17 @@ class FeatureImitation(Distiller):
     def _cells(self, student: DenseDetections, teacher: DenseDetections, targets: BoxTargets) -> list[Tensor]:
         """(B, H, W) bool of each level: the cells that take part."""
         release = self.convention == "release"
+        overlap: Overlap = "angle-free" if release else "rotated"
         if self.region == "boxes":
-            chosen = inside_boxes(student, targets)
+            chosen = inside_boxes(student, targets, overlap)
         elif self.region == "fine-grained":
-            chosen = fine_grained(student, targets)
+            chosen = fine_grained(student, targets, overlap)
         else:
             chosen = general_instances(student, teacher, targets, across_pictures=release)
         levels = on_cells(chosen, student.classes)
         if not release:
             return levels
-        _, positive = Main()(student, targets, "one", True)
+        _, positive = Main(overlap=overlap)(student, targets, "one", True)
         used = on_cells(positive.view(targets.images, -1) > 0, student.classes)
         return [level & p.any() for level, p in zip(levels, used)]
 
@@ -170,20 +173,19 @@ def on_cells(chosen: Tensor, maps: Maps) -> list[Tensor]:
     return [level.view(len(level), h, w, maps.anchors).any(-1) for level, (h, w) in zip(levels, maps.sizes)]
 
 
-def inside_boxes(view: DenseDetections, targets: BoxTargets) -> Tensor:
+def inside_boxes(view: DenseDetections, targets: BoxTargets, overlap: Overlap = "rotated") -> Tensor:
     """(B, N) bool: the anchor's centre is strictly inside an object's box."""
     rows = []
-    for m, boxes in zip(matched(view, targets), targets.boxes):
-        centre = (m.anchors[:, None, :2] + m.anchors[:, None, 2:]) / 2
-        near = torch.cat([centre - boxes[:, :2], boxes[:, 2:] - centre], -1)  # (N, k, 4)
-        rows.append((near > 0).all(-1).any(-1))
+    for m in matched(view, targets, overlap=overlap):
+        centre = (m.anchors[:, :2] + m.anchors[:, 2:]) / 2
+        rows.append(contains(m.boxes[:, None], centre).any(0))
     return torch.stack(rows)
 
 
-def fine_grained(view: DenseDetections, targets: BoxTargets) -> Tensor:
+def fine_grained(view: DenseDetections, targets: BoxTargets, overlap: Overlap = "rotated") -> Tensor:
     """(B, N) bool: the anchor's IoU with some object exceeds half of the best that the object has with any anchor."""
     rows = []
-    for m in matched(view, targets):
+    for m in matched(view, targets, overlap=overlap):
         iou = m.iou * m.valid  # (k, N)
         rows.append((iou > FINE_GRAINED_SHARE * iou.amax(1, keepdim=True)).any(0))
     return torch.stack(rows)
@@ -202,6 +204,11 @@ def general_instances(
         across_pictures: choose among all pictures of the batch as though they were one (the release).
     """
     mine, theirs = check_edges(student, teacher)
+    if mine.shape[0] != 4 or mine.anchors != 1:
+        raise ValueError(
+            "general instances are boxes of 4 edges around a point, one a cell; this head has "
+            f"{mine.shape[0]} distributions an anchor and {mine.anchors} anchor(s) a cell: choose another region"
+        )
     valid = torch.stack([m.valid for m in matched(student, targets)])
     points = grid_points(mine.sizes, student.strides, student.centre, valid.device)
     strides = grid_strides(mine.sizes, student.strides, valid.device)

@@ -1,4 +1,4 @@
-"""Boxes drawn on pictures, with class names and scores, for reports and for eyes."""
+"""Boxes, upright or rotated, drawn on pictures, with class names and scores, for reports and for eyes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from distillkit.boxes.rotated import corners, upright
 
 #: shorter pictures are enlarged to this height and width at least, so that labels can be read
 SIDE = 384
@@ -30,7 +32,7 @@ def draw_boxes(
 
     Args:
         image: float (3, H, W) in 0..1, uint8 (3, H, W) or (for arrays) uint8 (H, W, 3), or a Pillow picture; RGB.
-        boxes: (k, 4) x1, y1, x2, y2 in its pixels.
+        boxes: (k, 4) x1, y1, x2, y2 in its pixels, or rotated ones (k, 5) cx, cy, w, h and angle in radians.
         labels: (k,) int64. Each class has its own colour.
         scores: (k,) in 0..1, written behind the name and drawn lowest first; None: for ground truth.
         classes: names by label; None: the label itself is written.
@@ -51,11 +53,9 @@ def draw_boxes(
         label = int(labels[i])
         name = str(label) if classes is None else classes[label]
         text = name if scores is None else f"{name} {float(scores[i]):.2f}"
-        box = [float(v) * factor for v in boxes[i]]
         colour = _colour(label)
-        # torchvision's convention to Pillow's: the last pixel that is inside
-        pen.rectangle([box[0], box[1], max(box[0], box[2] - 1), max(box[1], box[3] - 1)], outline=colour, width=2)
-        _write(pen, font, text, box, colour, picture.size, taken)
+        outline = _outline if boxes.shape[-1] == 4 else _rotated_outline
+        _write(pen, font, text, outline(pen, boxes[i], factor, colour), colour, picture.size, taken)
     return picture if title is None else _titled(picture, title)
 
 
@@ -67,7 +67,7 @@ def side_by_side(
     score: float = 0.3,
 ) -> Image.Image:
     """One picture twice: with the true boxes (boxes, labels) and with the predicted ones (boxes, scores, labels) of at
-    least ``score``. Arguments are those of ``draw_boxes``, which makes both."""
+    least ``score``; upright boxes or rotated ones. Arguments are those of ``draw_boxes``, which makes both."""
     left = draw_boxes(image, truth["boxes"], truth["labels"], None, classes, title="truth")
     scores = prediction["scores"]
     right = draw_boxes(image, prediction["boxes"], prediction["labels"], scores, classes, score, title="predicted")
@@ -101,6 +101,24 @@ def _colour(label: int) -> tuple[int, int, int]:
     hue = int(label * 0.618034 * 255) % 255
     red, green, blue = Image.new("HSV", (1, 1), (hue, 200, 255)).convert("RGB").getpixel((0, 0))  # type: ignore[misc]
     return red, green, blue
+
+
+def _outline(pen: ImageDraw.ImageDraw, box: Tensor, factor: int, colour: tuple[int, int, int]) -> list[float]:
+    """Draw a box and return it in pixels of the enlarged picture."""
+    x1, y1, x2, y2 = around = [float(v) * factor for v in box]
+    # torchvision's convention to Pillow's: the last pixel that is inside
+    pen.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=colour, width=2)
+    return around
+
+
+def _rotated_outline(pen: ImageDraw.ImageDraw, box: Tensor, factor: int, colour: tuple[int, int, int]) -> list[float]:
+    """Draw a rotated box and return the upright one around it, in pixels of the enlarged picture."""
+    box = box.detach().cpu().double()
+    # Pillow counts from the middle of a pixel
+    points = [(x * factor - 0.5, y * factor - 0.5) for x, y in corners(box).tolist()]
+    # of a slanted line 2 wide Pillow draws little more than 1
+    pen.line([*points, points[0], points[1]], fill=colour, width=3, joint="curve")
+    return [v * factor for v in upright(box).tolist()]
 
 
 def _write(

@@ -1,5 +1,7 @@
 """Quality focal loss and distribution focal loss. Li et al., Generalized Focal Loss, arXiv:2006.04388, eq. 4 and 6."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,3 +54,28 @@ def distribution_focal(logits: Tensor, target: Tensor) -> Tensor:
     at = left.long().unsqueeze(-1)
     near, far = log_p.gather(-1, at).squeeze(-1), log_p.gather(-1, at + 1).squeeze(-1)
     return -(left + 1 - target) * near - (target - left) * far
+
+
+def periodic_distribution_focal(logits: Tensor, target: Tensor) -> Tensor:
+    """The same for bins in a circle: the last bin and the first are neighbours.
+
+    The shares of the two bins around a target are those whose mean direction is the target, sines of the distances to
+    the other bin in place of the distances: a distribution that has learned them decodes to it exactly
+    (``boxes.rotated_distribution.mean_angle``).
+
+    Args:
+        logits: (..., K) of bins 0..K-1, K >= 3, one period in all.
+        target: (...,) in bins, any number, taken modulo K; no gradient.
+
+    Returns:
+        (...,) in float32 or wider.
+    """
+    x = at_least_float32(logits)
+    bins, target = x.shape[-1], target.detach().to(x.dtype)
+    left = target.floor()
+    step = 2 * math.pi / bins
+    to_left, to_right = ((left + 1 - target) * step).sin(), ((target - left) * step).sin()
+    at = left.long().remainder(bins).unsqueeze(-1)
+    log_p = F.log_softmax(x, -1)
+    near, far = log_p.gather(-1, at).squeeze(-1), log_p.gather(-1, (at + 1).remainder(bins)).squeeze(-1)
+    return -(to_left * near + to_right * far) / (to_left + to_right)

@@ -1,13 +1,13 @@
 """The task losses of a dense head with box distributions. Li et al., Generalized Focal Loss, arXiv:2006.04388."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from distillkit.boxes.anchors import grid_anchors, grid_strides
-from distillkit.boxes.assign import match
+from distillkit.boxes.anchors import grid_anchors, grid_strides, inside
+from distillkit.boxes.assign import atss
 from distillkit.boxes.distribution import decode, encode, integral
 from distillkit.boxes.iou import aligned_iou
 from distillkit.boxes.maps import Maps, Where, where_of
@@ -15,6 +15,19 @@ from distillkit.boxes.precision import at_least_float32
 from distillkit.losses.focal import distribution_focal, quality_focal
 from distillkit.losses.iou import giou_loss
 from distillkit.losses.reduce import mean_over_ranks
+
+#: logits (M, E, K), points (M, 2) and boxes (M, 4 or 5), both in strides -> box loss, distribution focal loss and,
+#: without gradient, the quality of the predicted boxes in 0..1: (M,) each
+BoxLosses = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def upright_losses(logits: Tensor, points: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``BoxLosses`` of 4 edges: GIoU loss, distribution focal loss, IoU. boxes: (M, 4)."""
+    predicted = decode(points, integral(logits))
+    # the farthest target lies before the last bin, so that every target has a bin on either side
+    distances = encode(points, boxes, logits.shape[-1] - 1.1)
+    dfl = distribution_focal(logits, distances).mean(-1)
+    return giou_loss(predicted, boxes), dfl, aligned_iou(predicted.detach(), boxes)
 
 
 def gfl_losses(
@@ -30,8 +43,9 @@ def gfl_losses(
     scores: Maps | None = None,
     weights: tuple[float, float, float] = (1.0, 2.0, 0.25),
     dense: bool | None = None,
+    box_losses: BoxLosses = upright_losses,
 ) -> dict[str, Tensor]:
-    """Quality focal, GIoU and distribution focal loss of a batch, over all levels at once, positives chosen by ATSS.
+    """Quality focal, box and distribution focal loss of a batch, over all levels at once, positives chosen by ATSS.
 
     The class loss is divided by the number of positives (each picture counts at least one), the box losses, which weigh
     a positive by its highest class probability, by the sum of these weights; both are means over the ranks. So no loss
@@ -40,8 +54,9 @@ def gfl_losses(
 
     Args:
         classes: logits, (C,) an anchor.
-        edges: logits of the distributions, (4, K) an anchor: left, top, right, bottom, bins 0..K-1 in strides.
-        boxes: of every picture (k, 4) pixels, k >= 0.
+        edges: logits of the distributions, (4, K) an anchor: left, top, right, bottom, bins 0..K-1 in strides; (5, K)
+            for rotated boxes, see ``losses.rotated_gfl``.
+        boxes: of every picture (k, 4) pixels, or rotated (k, 5), k >= 0.
         labels: of every picture (k,) int64, 0..C-1.
         sizes: of every picture (height, width) before padding; anchors in the padding take no part.
         strides: pixels a cell of each level.
@@ -51,6 +66,7 @@ def gfl_losses(
         weights: of the three losses.
         dense: compute the box losses on all anchors with weight 0 outside the positives, which waits for no device;
             None: only where the maps are not on the CPU.
+        box_losses: what of the distributions and boxes of positives; ``upright_losses``: GIoU.
 
     Returns:
         ``loss_cls``, ``loss_bbox``, ``loss_dfl``: scalars, float32 or wider.
@@ -68,7 +84,9 @@ def gfl_losses(
     where = Where(None) if dense else where_of(target.positive, classes.counts, classes.sizes)[0]
     rows = classes.positions(where)
     cell = rows % len(anchors)
-    giou, dfl, quality = _box_losses(edges.at(where), anchors[cell], stride[cell], target.boxes[rows])
+    points = (anchors[:, :2] + anchors[:, 2:])[cell] / 2 / stride[cell, None]
+    goal = in_strides(target.boxes[rows], stride[cell, None])
+    box_loss, dfl, quality = box_losses(edges.at(where), points, goal)
 
     said = (classes if scores is None else scores).all().flatten(0, 1)
     best = at_least_float32(said.detach()[rows].amax(-1))
@@ -81,31 +99,22 @@ def gfl_losses(
     total = mean_over_ranks(weight.sum()).clamp(min=1e-6)
     return {
         "loss_cls": weights[0] * (focal * target.counted).sum() / positives,
-        "loss_bbox": weights[1] * (weight * giou).sum() / total,
+        "loss_bbox": weights[1] * (weight * box_loss).sum() / total,
         "loss_dfl": weights[2] * (weight * dfl).sum() / total,
     }
 
 
-def _box_losses(logits: Tensor, anchors: Tensor, stride: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """GIoU loss, distribution focal loss and, detached, the IoU of every predicted box: (M,) each.
-
-    logits: (M, 4, K). anchors, boxes: (M, 4) pixels, boxes being the objects' own. stride: (M,).
-    """
-    points = (anchors[:, :2] + anchors[:, 2:]) / 2 / stride[:, None]
-    goal = boxes / stride[:, None]
-    predicted = decode(points, integral(logits))
-    # the farthest target lies before the last bin, so that every target has a bin on either side
-    distances = encode(points, goal, logits.shape[-1] - 1.1)
-    dfl = distribution_focal(logits, distances).mean(-1)
-    return giou_loss(predicted, goal), dfl, aligned_iou(predicted.detach(), goal)
+def in_strides(boxes: Tensor, stride: Tensor) -> Tensor:
+    """Boxes (M, 4) or (M, 5) in pixels -> in strides (M, 1); angles stay."""
+    return torch.cat([boxes[:, :4] / stride, boxes[:, 4:]], 1)
 
 
 @dataclass(frozen=True)
 class _Targets:
     """What every anchor of a batch shall say, (B*N,) in the order of ``Maps.all()``.
 
-    labels: C for background. boxes: (B*N, 4), zeros for background. positive, counted (in the picture): bool, positive
-    (B, N). positives: scalar, how many there are, each picture counting at least one.
+    labels: C for background. boxes: (B*N, 4 or 5), of no meaning for background. positive, counted (in the picture):
+    bool, positive (B, N). positives: scalar, how many there are, each picture counting at least one.
     """
 
     labels: Tensor
@@ -124,22 +133,24 @@ def _targets(
 ) -> _Targets:
     label_rows, box_rows, positive, counted = [], [], [], []
     for box, label, size in zip(boxes, labels, sizes, strict=True):
-        found = match(anchors, classes.counts, box, size)
-        index = found.assignment.gt_index
+        valid = inside((anchors[:, :2] + anchors[:, 2:]) / 2, size)
+        index = atss(anchors, classes.counts, box, valid=valid).gt_index
         # background is -1: it reads the row put behind the objects
         label_rows.append(torch.cat([label, label.new_full((1,), classes.shape[0])])[index])
-        box_rows.append(torch.cat([box, box.new_zeros(1, 4)])[index])
+        box_rows.append(torch.cat([box, box.new_ones(1, box.shape[1])])[index])
         positive.append(index >= 0)
-        counted.append(found.valid)
+        counted.append(valid)
     chosen = torch.stack(positive)
     number = chosen.sum(1).clamp(min=1).sum().to(anchors.dtype)
     return _Targets(torch.cat(label_rows), torch.cat(box_rows), chosen, torch.cat(counted), number)
 
 
 def _check(classes: Maps, edges: Maps, boxes: Sequence[Tensor]) -> None:
-    if classes.anchors != 1 or len(edges.shape) != 2 or edges.shape[0] != 4:
+    wanted = boxes[0].shape[1] if boxes else 4
+    if classes.anchors != 1 or len(edges.shape) != 2 or edges.shape[0] != wanted:
         raise ValueError(
-            f"expected one anchor a cell and 4 edges of K bins, got {classes.anchors} anchor(s) and edges {edges.shape}"
+            f"expected one anchor a cell and {wanted} edges of K bins, got {classes.anchors} anchor(s) and edges "
+            f"{edges.shape}"
         )
     if classes.sizes != edges.sizes:
         raise ValueError(

@@ -1,7 +1,8 @@
 """What the dense detectors share: pictures to one batch, targets checked, head maps to boxes.
 
 The detectors are called as torchvision's are: ``model(images, targets)`` in train mode gives a dict of task losses,
-``model(images)`` in eval mode a list of dicts of boxes (k, 4) in pixels of the picture, scores (k,) and labels (k,).
+``model(images)`` in eval mode a list of dicts of boxes (k, 4), or rotated (k, 5), in pixels of the picture, scores (k,)
+and labels (k,).
 """
 
 from collections.abc import Mapping, Sequence
@@ -69,14 +70,16 @@ def to_batch(images: Images, multiple: int, fill: Tensor) -> tuple[Tensor, Sizes
     return batch, sizes
 
 
-def split_targets(targets: Targets | None, images: int, num_classes: int) -> tuple[list[Tensor], list[Tensor]]:
+def split_targets(
+    targets: Targets | None, images: int, num_classes: int, columns: int = 4
+) -> tuple[list[Tensor], list[Tensor]]:
     """Boxes and labels of every picture, checked.
 
     The values are looked at only on the CPU: elsewhere it would wait for the device.
 
     Raises:
-        ValueError: no targets, not one per picture, boxes that are not (k, 4), or what would be trained as background
-            without a word: a box that is not finite or has no area, a label outside 0..num_classes-1.
+        ValueError: no targets, not one per picture, boxes that are not (k, columns), or what would be trained as
+            background without a word: a box that is not finite or has no area, a label outside 0..num_classes-1.
     """
     if targets is None:
         raise ValueError("in train mode the detector is called model(images, targets); targets is missing")
@@ -86,9 +89,10 @@ def split_targets(targets: Targets | None, images: int, num_classes: int) -> tup
         if not {"boxes", "labels"} <= set(target):
             raise ValueError(f"target {i}: expected dict(boxes, labels), got keys {sorted(target)}")
         boxes, labels = target["boxes"], target["labels"]
-        if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
+        if boxes.dim() != 2 or boxes.shape[1] != columns or labels.shape != boxes.shape[:1]:
             raise ValueError(
-                f"target {i}: expected boxes (k, 4) and labels (k,), got {tuple(boxes.shape)} and {tuple(labels.shape)}"
+                f"target {i}: expected boxes (k, {columns}) and labels (k,), got {tuple(boxes.shape)} and "
+                f"{tuple(labels.shape)}"
             )
         check_boxes(i, boxes)
         looked_at = labels.device.type == "cpu" and not torch.compiler.is_compiling() and len(labels) > 0

@@ -11,37 +11,20 @@ checkpoints load: ``load_openmmlab``.
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
-import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from distillkit.boxes.maps import Maps
 from distillkit.losses.gfl import gfl_losses
-from distillkit.models.backbones import backbone as make_backbone
-from distillkit.models.backbones import parameters_up_to
-from distillkit.models.dense import Images, Inference, Sizes, Targets, predict, split_targets, to_batch
+from distillkit.models.dense import Sizes, predict
+from distillkit.models.neck import tower
+from distillkit.models.pyramid import PyramidDetector, PyramidOptions
 from distillkit.models.weights import explain_mismatch, read_weights
 
 PRIOR = 0.01  # the class probability that a fresh head says of every cell
-
-
-class Conv(nn.Module):
-    """A convolution as OpenMMLab nests and names it: ``conv``, then ``gn`` and ReLU where groups are given."""
-
-    def __init__(self, inside: int, out: int, kernel: int, stride: int = 1, groups: int | None = None):
-        super().__init__()
-        self.conv = nn.Conv2d(inside, out, kernel, stride, kernel // 2, bias=groups is None)
-        self.gn = nn.GroupNorm(groups, out) if groups else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        return x if self.gn is None else F.relu(self.gn(x))
 
 
 class Scale(nn.Module):
@@ -62,34 +45,6 @@ class Scale(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class FPN(nn.Module):
-    """Feature pyramid network, arXiv:1612.03144; coarser levels by stride-2 convolutions on its last output.
-
-    Args:
-        widths: channels of the backbone's maps, finest first.
-        channels: of every output.
-        levels: number of outputs, at least ``len(widths)``.
-    """
-
-    def __init__(self, widths: Sequence[int], channels: int, levels: int):
-        super().__init__()
-        self.lateral_convs = nn.ModuleList(Conv(w, channels, 1) for w in widths)
-        self.fpn_convs = nn.ModuleList(Conv(channels, channels, 3, 1 if i < len(widths) else 2) for i in range(levels))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d) and module.bias is not None:
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        merged = [lateral(m) for lateral, m in zip(self.lateral_convs, maps, strict=True)]
-        for i in range(len(merged) - 1, 0, -1):
-            merged[i - 1] = merged[i - 1] + F.interpolate(merged[i], merged[i - 1].shape[-2:], mode="nearest")
-        out = [conv(m) for conv, m in zip(self.fpn_convs, merged)]
-        for conv in list(self.fpn_convs)[len(merged) :]:
-            out.append(conv(out[-1]))
-        return out
-
-
 class GFLHead(nn.Module):
     """The head, shared by all levels but for one scale each.
 
@@ -98,18 +53,29 @@ class GFLHead(nn.Module):
         levels: number of feature maps.
         channels, convs, groups: width and depth of the two towers, groups of their normalisation.
         bins: K.
-        quality: the GFLv2 branch.
+        quality: the GFLv2 branch, for 4 edges.
+        edges: E, distributions an anchor.
     """
 
     def __init__(
-        self, num_classes: int, levels: int, channels: int, convs: int, bins: int, groups: int, quality: bool = False
+        self,
+        num_classes: int,
+        levels: int,
+        channels: int,
+        convs: int,
+        bins: int,
+        groups: int,
+        quality: bool = False,
+        edges: int = 4,
     ):
         super().__init__()
+        if channels % groups:
+            raise ValueError(f"channels={channels} cannot be split into groups={groups}")
         self.num_classes, self.bins, self.quality = num_classes, bins, quality
-        self.cls_convs = nn.Sequential(*(Conv(channels, channels, 3, groups=groups) for _ in range(convs)))
-        self.reg_convs = nn.Sequential(*(Conv(channels, channels, 3, groups=groups) for _ in range(convs)))
+        self.cls_convs = tower(channels, convs, groups)
+        self.reg_convs = tower(channels, convs, groups)
         self.gfl_cls = nn.Conv2d(channels, num_classes + quality, 3, padding=1)
-        self.gfl_reg = nn.Conv2d(channels, 4 * bins, 3, padding=1)
+        self.gfl_reg = nn.Conv2d(channels, edges * bins, 3, padding=1)
         self.scales = nn.ModuleList(Scale() for _ in range(levels))
         if quality:
             self.reg_conf = nn.Sequential(nn.Conv2d(20, 64, 1), nn.ReLU(), nn.Conv2d(64, 1, 1), nn.Sigmoid())
@@ -121,7 +87,7 @@ class GFLHead(nn.Module):
         nn.init.constant_(cast(Tensor, self.gfl_cls.bias), math.log(PRIOR / (1 - PRIOR)))
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Per level (B, channels, H, W) -> class logits (B, C, H, W) and edge logits (B, 4*K, H, W)."""
+        """Per level (B, channels, H, W) -> class logits (B, C, H, W) and edge logits (B, E*K, H, W)."""
         classes = [self.gfl_cls(self.cls_convs(x)) for x in feats]
         edges = [scale(self.gfl_reg(self.reg_convs(x))) for scale, x in zip(self.scales, feats, strict=True)]
         return classes, edges
@@ -140,8 +106,8 @@ class GFLHead(nn.Module):
         return self.reg_conf(sharpness.flatten(1, 2))
 
 
-class GFL(nn.Module):
-    """The detector; called as torchvision's are (see ``distillkit.models.dense``).
+class GFL(PyramidDetector):
+    """The detector; called as torchvision's are (see ``PyramidDetector``).
 
     Args:
         num_classes: C; labels are 0..C-1.
@@ -152,10 +118,7 @@ class GFL(nn.Module):
         channels, convs, groups: width of pyramid and towers, depth of the towers, groups of their normalisation.
         bins: K; an edge can be at most K-1 strides away from its point.
         quality: the head of GFLv2.
-        freeze_bn: the backbone's BatchNorm statistics stay as they are (their weights train).
-        frozen_stages: the backbone does not train up to the end of this stage, 0 = all of it trains. In the published
-            settings 1, a ResNet's stem and first stage. Stages are counted as timm counts feature maps, from 0.
-        mean, std: of the input, 0..1, red, green, blue; those of the backbone's own pretraining unless given.
+        freeze_bn, frozen_stages, mean, std: as in ``PyramidDetector``.
 
     Attributes:
         strides, bins, num_classes.
@@ -165,8 +128,7 @@ class GFL(nn.Module):
 
     centre = 0.0
     octave = 8.0
-    mean: Tensor
-    std: Tensor
+    head: GFLHead
 
     def __init__(
         self,
@@ -180,54 +142,21 @@ class GFL(nn.Module):
         groups: int = 32,
         bins: int = 17,
         quality: bool = False,
-        freeze_bn: bool = False,
-        frozen_stages: int = 0,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        **options: Unpack[PyramidOptions],
     ):
-        super().__init__()
-        if any(b != 2 * a for a, b in pairwise(strides)):
-            raise ValueError(f"strides {tuple(strides)}: each must be twice the one before")
-        if channels % groups:
-            raise ValueError(f"channels={channels} cannot be split into groups={groups}")
-        self.num_classes, self.strides, self.bins = num_classes, tuple(strides), bins
-        self.freeze_bn = freeze_bn
-        self.inference = Inference()
-        self.backbone = make_backbone(backbone, self.strides, pretrained)
-        self.neck = FPN(self.backbone.feature_info.channels(), channels, len(self.strides))
+        super().__init__(num_classes, backbone, pretrained, strides=strides, channels=channels, **options)
+        self.bins = bins
         self.head = GFLHead(num_classes, len(self.strides), channels, convs, bins, groups, quality)
-        for name, given in (("mean", mean), ("std", std)):
-            value = torch.tensor(given or timm.get_pretrained_cfg_value(backbone, name))
-            self.register_buffer(name, value.view(3, 1, 1), persistent=False)
-        if frozen_stages:
-            frozen = set(parameters_up_to(self.backbone, frozen_stages))
-            for name, parameter in self.backbone.named_parameters():
-                parameter.requires_grad_(name not in frozen)
-        self.train()
 
-    def train(self, mode: bool = True) -> "GFL":
-        super().train(mode)
-        for module in self.backbone.modules():
-            if isinstance(module, _BatchNorm) and (self.freeze_bn or not module.weight.requires_grad):
-                module.eval()
-        return self
-
-    def forward(self, images: Images, targets: Targets | None = None) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Train mode: ``images, targets`` -> loss_cls, loss_bbox, loss_dfl. Eval mode: ``images`` -> boxes of each.
-
-        Args:
-            images: pictures (3, H, W) of any sizes, red, green, blue, 0..1; or one tensor (B, 3, H, W).
-            targets: per picture boxes (k, 4), x1, y1, x2, y2 in its pixels, and labels (k,) int64; k may be 0.
-
-        Raises:
-            ValueError: what is wrong with which image or target.
-        """
-        batch, sizes = self.batch(images)
-        if not self.training:
-            classes, edges = self.forward_raw(batch)
-            return self.predict(classes, edges, sizes)
-        boxes, labels = split_targets(targets, len(sizes), self.num_classes)
-        classes, edges = self.forward_raw(batch)
+    def losses(
+        self,
+        classes: Sequence[Tensor],
+        edges: Sequence[Tensor],
+        boxes: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        sizes: Sizes,
+    ) -> dict[str, Tensor]:
+        """loss_cls, loss_bbox, loss_dfl: see ``gfl_losses``."""
         width = classes[0].shape[1]
         return gfl_losses(
             Maps(tuple(classes), (width,)),
@@ -241,36 +170,10 @@ class GFL(nn.Module):
             scores=Maps(tuple(self.head.scores(classes, edges)), (width,)) if self.head.quality else None,
         )
 
-    def batch(self, images: Images) -> tuple[Tensor, Sizes]:
-        """Pictures as one batch (B, 3, H, W), padded with the mean colour, and their (height, width) before that."""
-        return to_batch(images, max(self.strides), self.mean)
-
-    def features(self, images: Images) -> list[Tensor]:
-        """Pictures -> the pyramid's maps (B, channels, H/stride, W/stride), finest first; the head does not run."""
-        return self._features(self.batch(images)[0])
-
-    def forward_raw(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """One batch -> the head's maps; plain tensors in and out, the form for ``torch.export``.
-
-        Args:
-            batch: (B, 3, H, W), red, green, blue, 0..1, sides multiples of the largest stride.
-
-        Returns:
-            per level class logits (B, C, h, w) and edge logits (B, 4*K, h, w).
-        """
-        return self.head(self._features(batch))
-
     def predict(self, classes: Sequence[Tensor], edges: Sequence[Tensor], sizes: Sizes) -> list[dict[str, Tensor]]:
         """The head's maps -> per picture boxes (k, 4) in its pixels, scores (k,) falling, labels (k,)."""
         scores = [s[:, : self.num_classes] for s in self.head.scores(classes, edges)]
         return predict(scores, edges, sizes, self.strides, self.centre, self.inference)
-
-    def _features(self, batch: Tensor) -> list[Tensor]:
-        batch = ((batch - self.mean) / self.std).to(self.head.gfl_cls.weight.dtype)
-        maps = self.backbone(batch)
-        if getattr(self.backbone, "output_fmt", None) == "NHWC":  # Swin and its kin
-            maps = [m.permute(0, 3, 1, 2) for m in maps]
-        return self.neck(maps)
 
 
 def gfl_r18(num_classes: int = 80, pretrained: bool | str | Path = False, **options: Any) -> GFL:

@@ -15,6 +15,7 @@ from distillkit import plugins, schema
 from distillkit import recipe as recipes
 from distillkit.adapters import with_adapter
 from distillkit.api import wrap
+from distillkit.boxes.merged import Merged
 from distillkit.boxes.regions import Main, MainAndValuable, Region, Valuable
 from distillkit.core.adapter import Adapter
 from distillkit.core.distiller import Distiller
@@ -22,8 +23,12 @@ from distillkit.core.schedule import Weight
 from distillkit.core.teacher import Teacher
 from distillkit.core.wrap import DistilledModel
 from distillkit.data.coco import CocoDetection, read_coco
+from distillkit.data.coco_rotated import CocoRotated
+from distillkit.data.dota import DOTA_CLASSES, DotaDetection
+from distillkit.data.hrsc import HrscDetection
 from distillkit.data.problems import DataError
 from distillkit.data.scenes import Scenes
+from distillkit.data.tiled import TiledDota
 from distillkit.data.transforms import Augment, Resize, Transform
 from distillkit.data.voc import VOC_CLASSES, VocDetection
 from distillkit.distillers.feature_imitation import FeatureImitation
@@ -33,6 +38,9 @@ from distillkit.distillers.self_ld import SelfLD
 from distillkit.models.backbones import explain_mismatch, read_weights
 from distillkit.models.gfl import GFL, load_openmmlab
 from distillkit.models.nanodet import NanoDet, nanodet
+from distillkit.models.pyramid import PyramidDetector
+from distillkit.models.rotated_gfl import RotatedGFL
+from distillkit.models.rotated_retina import RotatedRetina
 from distillkit.schema import Recipe
 from distillkit.training import checkpoint
 from distillkit.training.errors import RunError
@@ -60,13 +68,50 @@ def build_data(recipe: Recipe, split: Literal["train", "val", "test"], augmented
     source: Any = getattr(data, split, None)
     if source is None and not isinstance(data, schema.CustomData):
         raise RunError(f"data.{split} is not set in the recipe {recipe.name!r}: name the {split} split, or use another")
+    if isinstance(data, schema.DotaData | schema.HrscData | schema.CocoRotatedData):
+        return _rotated(recipe, data, split, transform, augmented)
     if isinstance(data, schema.CocoData):
         return CocoDetection(data.root, source, data.images.format(split=split), transform, recipe.seed)
     if isinstance(data, schema.VocData):
         return VocDetection(data.root, source, data.classes, transform, recipe.seed)
     if isinstance(data, schema.SceneData):
-        return Scenes(source, _pair(data.size), recipe.seed, split, _pair(data.digits), transform)
+        turned: dict[str, Any] = (
+            {"rotated": True, "turn": data.turn} if isinstance(data, schema.RotatedSceneData) else {}
+        )
+        return Scenes(source, _pair(data.size), recipe.seed, split, _pair(data.digits), transform, **turned)
     return plugins.build("data", data.name, split=split, transform=transform, seed=recipe.seed, **data.options)
+
+
+def _rotated(
+    recipe: Recipe,
+    data: schema.DotaData | schema.HrscData | schema.CocoRotatedData,
+    split: str,
+    transform: Transform,
+    augmented: bool,
+) -> Any:
+    """A set of rotated boxes in files. What is left out of training alone is left in where models are judged."""
+    source = getattr(data, split)
+    how: dict[str, Any] = {
+        "transform": transform,
+        "seed": recipe.seed,
+        "teach_difficult": data.teach_difficult,
+        "skip_empty": data.skip_empty and augmented,
+    }
+    if isinstance(data, schema.HrscData):
+        return HrscDetection(data.root, source, **how)
+    if isinstance(data, schema.CocoRotatedData):
+        return CocoRotated(data.root, source, data.images.format(split=split), **how)
+    if data.tiles is None:
+        return DotaDetection(data.root, source, data.classes, **how)
+    return TiledDota(tiles_folder(recipe, data, data.tiles), data.root, source, data.classes, **how)
+
+
+def tiles_folder(recipe: Recipe, data: schema.DotaData, tiles: schema.Tiles) -> Path:
+    """Where the tiles of a recipe's data are; runs that cut the same data in the same way share them."""
+    if tiles.folder is not None:
+        return Path(tiles.folder)
+    scales = "-".join(f"{scale:g}" for scale in tiles.scales)
+    return Path(recipe.output) / "tiles" / f"{Path(data.root).resolve().name}-{tiles.size}-{tiles.overlap}-{scales}"
 
 
 class Classes(NamedTuple):
@@ -83,6 +128,9 @@ def build_classes(recipe: Recipe) -> Classes:
         DataError: annotations that name no class.
     """
     data = recipe.data
+    if isinstance(data, schema.DotaData):
+        names = DOTA_CLASSES[data.classes] if isinstance(data.classes, str) else data.classes
+        return Classes(list(names), list(range(1, len(names) + 1)))
     if isinstance(data, schema.CocoData):
         there = read_coco(data.root, data.val, data.images.format(split="val"))
         if not there.classes:
@@ -95,12 +143,12 @@ def build_classes(recipe: Recipe) -> Classes:
     return Classes(built.classes, built.category_ids)
 
 
-def build_resize(data: schema.Data) -> Resize:
+def build_resize(data: schema.AnyData) -> Resize:
     """How pictures become the network's input wherever nothing is drawn at random: evaluation and prediction."""
     return Resize(_pair(data.size), data.keep_ratio, data.pad)
 
 
-def _transform(data: schema.Data, augmented: bool) -> Transform:
+def _transform(data: schema.AnyData, augmented: bool) -> Transform:
     if not augmented:
         return build_resize(data)
     a = data.augment
@@ -109,6 +157,8 @@ def _transform(data: schema.Data, augmented: bool) -> Transform:
         data.keep_ratio,
         data.pad,
         flip=a.flip,
+        flip_vertical=a.flip_vertical,
+        flip_diagonal=a.flip_diagonal,
         crop=a.crop.min_scale if a.crop else None,
         multi_scale=_pair(a.multi_scale) if a.multi_scale else None,
         mosaic=a.mosaic,
@@ -116,7 +166,7 @@ def _transform(data: schema.Data, augmented: bool) -> Transform:
     )
 
 
-def build_model(config: schema.Model | schema.TeacherModel, classes: int, evaluate: schema.Evaluate) -> nn.Module:
+def build_model(config: schema.AnyModel, classes: int, evaluate: schema.Evaluate) -> nn.Module:
     """A detector for ``classes`` classes, with the weights of its ``checkpoint`` where there is one, in train mode.
 
     Raises:
@@ -124,27 +174,27 @@ def build_model(config: schema.Model | schema.TeacherModel, classes: int, evalua
             than a model, or a model and its adapter.
         CheckpointError, ValueError, FileNotFoundError: its weights cannot be read, or do not fit.
     """
+    model: nn.Module
     if isinstance(config, schema.GFLModel):
-        model: nn.Module = GFL(
-            classes,
-            config.backbone,
-            config.pretrained,
-            strides=config.strides,
-            channels=config.channels,
-            convs=config.convs,
-            groups=math.gcd(config.channels, 32),
-            bins=config.bins,
-            frozen_stages=config.frozen_stages,
-        )
+        model = GFL(classes, groups=math.gcd(config.channels, 32), **_pyramid(config))
+    elif isinstance(config, schema.RotatedGFLModel):
+        model = RotatedGFL(classes, groups=math.gcd(config.channels, 32), loss=config.loss, **_pyramid(config))
+    elif isinstance(config, schema.RotatedRetinaModel):
+        model = RotatedRetina(classes, loss=config.loss, angle=config.angle, **_pyramid(config))
     elif isinstance(config, schema.NanoDetModel):
         model = _nanodet(config, classes)
     else:
         model = _custom(config, classes)
     if config.checkpoint:
         load_checkpoint(model, Path(config.checkpoint))
-    if isinstance(model, GFL | NanoDet):
+    if isinstance(model, PyramidDetector | NanoDet):
         model.inference = replace(model.inference, score=evaluate.score, iou=evaluate.iou, most=evaluate.most)
     return model.train()
+
+
+def _pyramid(config: schema.GFLModel | schema.RotatedGFLModel | schema.RotatedRetinaModel) -> dict[str, Any]:
+    """What all detectors on a feature pyramid are given."""
+    return config.model_dump(include=set(schema.GFLModel.model_fields) - {"kind", "checkpoint"})
 
 
 def _nanodet(config: schema.NanoDetModel, classes: int) -> nn.Module:
@@ -250,10 +300,17 @@ def _distiller(config: schema.Distiller, recipe: Recipe, classes: int, calls: in
 
 
 def _region(config: schema.LD | schema.SelfLD | schema.LogitKD) -> Region:
-    valuable = Valuable(config.gamma, config.measure)
-    if config.region == "main":
-        return Main()
-    return valuable if config.region == "valuable" else MainAndValuable(Main(), valuable)
+    main = Main(overlap=config.overlap)
+    valuable = Valuable(config.gamma, config.measure, overlap=config.overlap)
+    match config.region:
+        case "main":
+            return main
+        case "valuable":
+            return valuable
+        case "main+valuable":
+            return MainAndValuable(main, valuable)
+        case "merged":
+            return Merged(config.gamma, config.overlap)
 
 
 def _earlier_student(config: schema.SelfLD, recipe: Recipe, classes: int) -> nn.Module | None:
@@ -277,9 +334,11 @@ def build_wrapped(
     return wrap(student, chosen, distillers)
 
 
-def teacher_configs(recipe: Recipe) -> dict[str, schema.TeacherModel]:
+def teacher_configs(recipe: Recipe) -> dict[str, schema.AnyTeacher]:
     """The recipe's teachers by name; a single one is called "teacher"."""
-    return dict(recipe.teachers) if recipe.teachers else {"teacher": recipe.teacher} if recipe.teacher else {}
+    if recipe.teachers:
+        return {**recipe.teachers}
+    return {"teacher": recipe.teacher} if recipe.teacher else {}
 
 
 def teacher_folder(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,14 +16,17 @@ from distillkit.core.distiller import Distiller
 from distillkit.core.result import OUTPUT
 from distillkit.data.check import check_dataset
 from distillkit.data.coco import read_coco
+from distillkit.data.coco_rotated import read_coco_rotated
 from distillkit.data.detection import Split
+from distillkit.data.dota import read_dota
+from distillkit.data.hrsc import read_hrsc
+from distillkit.data.tiled import TiledDota
 from distillkit.data.voc import read_voc
-from distillkit.evaluation.coco import coco_metrics
 from distillkit.evaluation.predict import predict_dataset
 from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint
 from distillkit.training.errors import RunError
-from distillkit.training.evaluate import Share
+from distillkit.training.evaluate import Share, judged, whole
 from distillkit.training.loop import check_settings
 from distillkit.training.possible import (
     Planned,
@@ -33,12 +36,16 @@ from distillkit.training.possible import (
     planned,
     teacher_place,
 )
+from distillkit.training.tiles import cut_tiles
 
 #: (what is being read, how many of it are done, how many there are)
 Progress = Callable[[str, int, int], None]
 
+SPLITS = ("train", "val", "test")
 #: pictures of a dry step
 PICTURES = 2
+#: data whose annotations are read before they are used
+IN_FILES = (schema.CocoData, schema.VocData, schema.DotaData, schema.HrscData)
 
 
 @dataclass(frozen=True)
@@ -59,13 +66,19 @@ class Finding:
 def check(recipe: Recipe, progress: Progress | None = None) -> Iterator[Finding]:
     """Read all data, build all models, make one training step of every row and score it on two pictures.
 
-    Findings are given as they are made, and nothing is written. Adapters compare what they tap with the detectors' own
-    predictions in the step, as in training.
+    Findings are given as they are made, and nothing is written but the tiles that the run needs too. Adapters compare
+    what they tap with the detectors' own predictions in the step, as in training.
     """
     with _quiet_data():
         data: dict[str, build.DetectionData] = {}
-        for split in ("train", "val", "test"):
-            yield from _data(recipe, split, data, progress)
+        usable = []
+        for split in SPLITS:
+            if (yield from _annotated(recipe, split, progress)):
+                usable.append(split)
+        if len(usable) == len(SPLITS):
+            yield from _tiles(recipe, progress)
+        for split in usable:
+            yield from _data(recipe, split, data)
         if "train" in data:
             yield from _together(recipe, data)
             yield from _models(recipe, data)
@@ -82,21 +95,31 @@ def _quiet_data() -> Iterator[None]:
         log.disabled = before
 
 
-def _data(
-    recipe: Recipe, split: Any, built: dict[str, build.DetectionData], progress: Progress | None
-) -> Iterator[Finding]:
-    """All of a split's problems; it goes into ``built`` if it can be used."""
+def _annotated(recipe: Recipe, split: Any, progress: Progress | None) -> Generator[Finding, None, bool]:
+    """All problems of a split's files; whether it can be used."""
     where, data = f"data.{split}", recipe.data
-    if getattr(data, split, "custom") is None:
-        return
     usable = True
-    if isinstance(data, schema.CocoData | schema.VocData):
-        annotations = _annotations(data, split)
+    if getattr(data, split, None) is not None and isinstance(data, IN_FILES):
         seen = (lambda done, total: progress(where, done, total)) if progress else None
-        for problem in check_dataset(annotations, seen):
+        for problem in check_dataset(_annotations(data, split), seen):
             usable = usable and not problem.fatal
             yield Finding("error" if problem.fatal else "warning", where, str(problem))
-    if not usable:
+    return usable
+
+
+def _tiles(recipe: Recipe, progress: Progress | None) -> Iterator[Finding]:
+    try:
+        for split, cut in cut_tiles(recipe, progress).items():
+            what = f"{split}: {cut.tiles} tiles of {cut.pictures} pictures, with {cut.objects} objects"
+            yield Finding("ok", "data.tiles", what)
+    except Exception as error:
+        yield _failed("data.tiles", error)
+
+
+def _data(recipe: Recipe, split: Any, built: dict[str, build.DetectionData]) -> Iterator[Finding]:
+    """It goes into ``built`` if it can be read."""
+    where = f"data.{split}"
+    if getattr(recipe.data, split, "custom") is None:
         return
     try:
         dataset = build.build_data(recipe, split, augmented=split == "train")
@@ -108,10 +131,19 @@ def _data(
     yield Finding("ok", where, f"{len(dataset)} pictures, {len(dataset.classes)} classes")
 
 
-def _annotations(data: schema.CocoData | schema.VocData, split: Any) -> Split:
-    if isinstance(data, schema.CocoData):
-        return read_coco(data.root, getattr(data, split), data.images.format(split=split))
-    return read_voc(data.root, getattr(data, split), data.classes)
+def _annotations(data: Any, split: Any) -> Split:
+    source = getattr(data, split)
+    match data:
+        case schema.DotaData():
+            return read_dota(data.root, source, data.classes)
+        case schema.HrscData():
+            return read_hrsc(data.root, source)
+        case schema.CocoRotatedData():
+            return read_coco_rotated(data.root, source, data.images.format(split=split))
+        case schema.CocoData():
+            return read_coco(data.root, source, data.images.format(split=split))
+        case _:
+            return read_voc(data.root, source, data.classes)
 
 
 def _together(recipe: Recipe, data: Mapping[str, build.DetectionData]) -> Iterator[Finding]:
@@ -139,7 +171,7 @@ def _models(recipe: Recipe, data: Mapping[str, build.DetectionData]) -> Iterator
         try:
             teachers[name] = build.build_model(config, classes, recipe.evaluate)
             if where not in trained:
-                _score(teachers[name], data)
+                _score(recipe, teachers[name], data)
                 yield Finding("ok", where, _described(teachers[name]))
         except Exception as error:
             yield _failed(where, error)
@@ -172,7 +204,7 @@ def _rehearsed(
     finally:
         wrapped.unwrap()
     values = {name: value.item() for name, value in losses.items() if name != OUTPUT}
-    _score(model, data)
+    _score(recipe, model, data)
     said = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
     yield Finding("ok", step.where, f"{_described(model)}; one step: {said}")
     boxes = sum(len(target["boxes"]) for _, target in items)
@@ -192,14 +224,14 @@ def _zero_at_first(distillers: Iterable[Distiller]) -> set[str]:
     return {d.name for d in distillers if float(d.weight.at(start)) == 0 or d.own_teacher() is not None}
 
 
-def _score(model: nn.Module, data: Mapping[str, build.DetectionData]) -> None:
+def _score(recipe: Recipe, model: nn.Module, data: Mapping[str, build.DetectionData]) -> None:
     """Score a model on the first and the last picture of val, where val can be read."""
     if "val" not in data:
         return
     val = data["val"]
     try:
         found = predict_dataset(model, Share(val, 0, max(1, len(val) - 1)), batch=PICTURES)
-        coco_metrics(found, val)
+        judged(recipe, whole(recipe, found, val) if isinstance(val, TiledDota) else found, val)
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise RunError(f"cannot be scored on pictures of data.val: {kind}{error}") from error

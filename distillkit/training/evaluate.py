@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 from accelerate.utils import gather_object
@@ -10,8 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as ProgressBar
 from torch import nn
 
+from distillkit import schema
+from distillkit.data.rotated import RotatedDetection
+from distillkit.data.tiled import TiledDota
 from distillkit.evaluation.coco import CocoResult, coco_metrics
 from distillkit.evaluation.predict import Progress, predict_dataset
+from distillkit.evaluation.rotated import RotatedResult, rotated_metrics
+from distillkit.evaluation.submission import write_submission
+from distillkit.evaluation.whole import merge_tiles
 from distillkit.schema import Recipe
 from distillkit.training import build
 from distillkit.training.build import DetectionData
@@ -33,26 +41,57 @@ class Share:
         return self.data[epoch, self.indices[index]]
 
 
-def score(
-    model: nn.Module, data: DetectionData, batch: int, workers: int, progress: Progress | None = None
-) -> CocoResult:
-    """COCO's metrics of a detector on a split. The model is moved to this process's device.
+Result = CocoResult | RotatedResult
+
+
+def score(recipe: Recipe, model: nn.Module, data: DetectionData, progress: Progress | None = None) -> Result:
+    """The metrics of the recipe's task for a model on a split. The model is moved to this process's device.
 
     With several processes each runs a share of the pictures, and all get the result.
     """
+    found = predicted(recipe, model, data, progress)
+    return judged(recipe, found, data)
+
+
+def predicted(
+    recipe: Recipe, model: nn.Module, data: DetectionData, progress: Progress | None = None
+) -> list[dict[str, Any]]:
+    """What a model finds, one dict a picture; what it finds on tiles is put together."""
     state = processes()
     model.to(state.device)
     share = Share(data, state.process_index, state.num_processes)
-    found = predict_dataset(model, share, batch, state.device, progress, workers)
-    return coco_metrics(gather_object(found), data)
+    found = predict_dataset(model, share, recipe.data.batch, state.device, progress, recipe.data.workers)
+    found = gather_object(found)
+    return whole(recipe, found, data) if isinstance(data, TiledDota) else found
 
 
-def plain(result: CocoResult) -> dict[str, Any]:
-    """The 12 numbers (0..1) by name, and under ``classes`` ap, ap50, ap75 and boxes of each class."""
+def whole(recipe: Recipe, found: Sequence[dict[str, Any]], data: TiledDota) -> list[dict[str, Any]]:
+    """Predictions on tiles as predictions on the pictures they were cut from."""
+    ids = {record.path.stem: record.image_id for record in data.whole.records}
+    merged = merge_tiles(found, data.places, recipe.evaluate.iou, recipe.evaluate.most)
+    return [{**prediction, "image_id": ids[name]} for name, prediction in merged.items()]
+
+
+def submit(folder: Path, found: Sequence[dict[str, Any]], data: RotatedDetection) -> Path:
+    """Write predictions on a set in files as those of DOTA's Task1; the path of their archive."""
+    pictures = data.whole if isinstance(data, TiledDota) else data
+    names = {record.image_id: record.path.stem for record in pictures.records}
+    return write_submission(folder, found, names, data.classes)
+
+
+def judged(recipe: Recipe, found: Sequence[dict[str, Any]], data: Any) -> Result:
+    """Predictions against the truth of a data set."""
+    if isinstance(recipe, schema.RotatedRecipe):
+        return rotated_metrics(found, data.truth(), data.classes)
+    return coco_metrics(found, data)
+
+
+def plain(result: Result) -> dict[str, Any]:
+    """The numbers (0..1) by name, and under ``classes`` ap, ap50, ap75 and boxes of each class."""
     return {**result.numbers, "classes": {name: asdict(row) for name, row in result.classes.items()}}
 
 
-def evaluate(recipe: Recipe, model: str | None, split: Literal["train", "val", "test"]) -> CocoResult:
+def evaluate(recipe: Recipe, model: str | None, split: Literal["train", "val", "test"]) -> Result:
     """Score a model of a recipe on a split, at the recipe's size, with a progress bar.
 
     Args:
@@ -69,4 +108,4 @@ def evaluate(recipe: Recipe, model: str | None, split: Literal["train", "val", "
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        return score(detector, data, recipe.data.batch, recipe.data.workers, progress)
+        return score(recipe, detector, data, progress)

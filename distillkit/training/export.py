@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from distillkit.models.rotated_retina import RotatedRetina, anchors_of
 from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint
 from distillkit.training.build import Classes
@@ -149,17 +150,33 @@ def _largest(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     return float(torch.stack([(a.double() - b.double()).detach().abs().max() for a, b in pairs if b.numel()]).max())
 
 
+BOXES = {
+    4: "edge e (left, top, right, bottom) is sum over k of k * stride * softmax(edges[e*bins:(e+1)*bins])[k] pixels "
+    "from the point ((x + centre) * stride, (y + centre) * stride) of cell x, y",
+    5: "p(e) = softmax(edges[e*bins:(e+1)*bins]). The angle, in radians and clockwise as seen, is half of "
+    "atan2(sum of p(4)[k] * sin(2a_k), sum of p(4)[k] * cos(2a_k)) with a_k = (k / bins - 0.5) * pi. Edge e (left, "
+    "top, right, bottom of the box in the frame turned by the angle) is sum over k of k * stride * p(e)[k] pixels "
+    "from the point ((x + centre) * stride, (y + centre) * stride) of cell x, y",
+}
+DELTAS = (
+    "anchor a of a cell has the channels classes[a*C:(a+1)*C] and edges[a*5*bins:(a+1)*5*bins]. It is upright, centred "
+    "at ((x + centre) * stride, (y + centre) * stride), of width and height anchors[a] * stride. Delta e (x, y, w, h, "
+    "angle) is sum over k of support[e][k] * softmax(its edges[e*bins:(e+1)*bins])[k]. The box is centred x * "
+    "width and y * height from the anchor's centre, width * exp(w) wide, height * exp(h) high and turned by the angle, "
+    "in radians and clockwise as seen"
+)
+
+
 def _decoding(student: Any, data: Classes, pictures: Tensor) -> dict[str, Any]:
     """All that turns the outputs into boxes."""
-    return {
+    columns = getattr(student, "columns", 4)
+    say = {
         "input": "pictures: (batch, 3, height, width), float32, red green blue, 0..1, not normalised",
         "height": pictures.shape[2],
         "width": pictures.shape[3],
-        "outputs": "classes_i (batch, classes, h, w) and edges_i (batch, 4*bins, h, w) of each level i, logits",
+        "outputs": f"classes_i (batch, classes, h, w) and edges_i (batch, {columns}*bins, h, w) of level i, logits",
         "scores": "sigmoid(classes)",
-        "boxes": "edge e (left, top, right, bottom) is sum over k of k * stride "
-        "* softmax(edges[e*bins:(e+1)*bins])[k] pixels "
-        "from the point ((x + centre) * stride, (y + centre) * stride) of cell x, y",
+        "boxes": BOXES[columns],
         "strides": list(student.strides),
         "bins": student.bins,
         "centre": student.centre,
@@ -169,3 +186,13 @@ def _decoding(student: Any, data: Classes, pictures: Tensor) -> dict[str, Any]:
         "nms_iou": student.inference.iou,
         "most": student.inference.most,
     }
+    if isinstance(student, RotatedRetina):
+        sides = anchors_of([(1, 1)], [1], student.centre)
+        say |= {
+            "boxes": DELTAS,
+            "outputs": f"classes_i (batch, {len(sides)}*classes, h, w) and edges_i (batch, {len(sides)}*5*bins, h, w) "
+            "of level i, logits",
+            "anchors": (sides[:, 2:] - sides[:, :2]).tolist(),
+            "support": student.support.tolist(),
+        }
+    return say

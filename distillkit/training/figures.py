@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Polygon
 from PIL.Image import Image
 from PIL.Image import new as new_picture
 from torch import Tensor, nn
@@ -19,7 +19,10 @@ from torchvision.ops import nms
 from distillkit.adapters import adapter_for
 from distillkit.boxes.anchors import grid_points
 from distillkit.boxes.distribution import encode
+from distillkit.boxes.overlap import contains
 from distillkit.boxes.regions import Main, Valuable
+from distillkit.boxes.rotated import corners
+from distillkit.boxes.rotated_nms import rotated_nms
 from distillkit.core.side import Reading, Side
 from distillkit.core.views import BoxTargets, DenseDetections
 from distillkit.evaluation.draw import beside, draw_boxes
@@ -27,7 +30,8 @@ from distillkit.evaluation.draw import beside, draw_boxes
 #: readable on white, and apart for most colour-blind readers (Okabe and Ito)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MAIN, VALUABLE, TRUTH, TEACHER = "#D55E00", "#0072B2", "#222222", "#888888"
-EDGES = ("left", "top", "right", "bottom")
+EDGES = ("left edge", "top edge", "right edge", "bottom edge")
+DELTAS = ("x", "y", "width", "height")
 SAME = 0.5  # IoU above which two boxes are about one object
 Sample = tuple[Tensor, dict[str, Any]]
 
@@ -85,7 +89,7 @@ def regions(sample: Sample, student: nn.Module, valuable: Valuable) -> Figure:
     image, _ = sample
     view, targets = dense_views([student], sample)[0], _targets(sample, student)
     inside = {"main": Main().overlaps(view, targets)[0], "valuable": valuable.overlaps(view, targets)[0]}
-    points = grid_points(view.classes.sizes, view.strides, view.centre, "cpu").split(list(view.classes.counts))
+    points = _points(view).split(list(view.classes.counts))
     axes = _grid(len(view.strides), width=3.4, height=3.6)
     for level, (axis, stride) in enumerate(zip(axes, view.strides, strict=True)):
         _picture(axis, image, fade=0.6)
@@ -103,24 +107,26 @@ def regions(sample: Sample, student: nn.Module, valuable: Valuable) -> Figure:
 
 @dataclass(frozen=True)
 class Edge:
-    """One anchor of one picture, and what each model says of its four edges.
+    """One anchor of one picture, and what each model says of its edges.
 
     Args:
         sample: the picture it is in.
         point: (2,) x, y of the anchor's point, in pixels.
-        box: (4,) its object.
-        stride: of its level, in pixels.
-        bins: (K,) in strides.
-        truth: (4,) distances of the object's edges, in strides.
-        probabilities: (4, K) by the name of the model.
+        box: (4,) or (5,), its object.
+        names: of the E edges.
+        units: of each edge's bins.
+        bins: (E, K) in these units.
+        truth: (E,) the object's edges, in these units; None where a head says them in units of its own.
+        probabilities: (E, K) by the name of the model.
     """
 
     sample: Sample
     point: Tensor
     box: Tensor
-    stride: int
+    names: tuple[str, ...]
+    units: tuple[str, ...]
     bins: Tensor
-    truth: Tensor
+    truth: Tensor | None
     probabilities: dict[str, Tensor]
 
 
@@ -136,10 +142,9 @@ def most_disputed(samples: Sequence[Sample], models: Mapping[str, nn.Module]) ->
         mine, targets = views[alone], _targets(sample, student)
         overlaps = Main().overlaps(mine, targets)[0].cpu()
         said = {name: _probabilities(view if name == alone else view.match(mine)) for name, view in views.items()}
-        points = grid_points(mine.classes.sizes, mine.strides, mine.centre, "cpu")
-        strides = torch.cat([torch.full((n,), s) for n, s in zip(mine.classes.counts, mine.strides, strict=True)])
+        points = _points(mine)
         for box in sample[1]["boxes"]:
-            middle = (points >= box[:2]).all(1) & (points <= box[2:]).all(1)
+            middle = contains(box, points)
             at = int((overlaps * middle).argmax())
             if overlaps[at] * middle[at] <= 0:
                 continue
@@ -147,36 +152,46 @@ def most_disputed(samples: Sequence[Sample], models: Mapping[str, nn.Module]) ->
             distance = float((t * (t.clamp(min=1e-9).log() - s.clamp(min=1e-9).log())).sum())
             if distance > furthest:
                 furthest = distance
-                truth = encode(points[at : at + 1], box[None])[0] / strides[at]
-                best = Edge(
-                    sample,
-                    points[at],
-                    box,
-                    int(strides[at]),
-                    mine.bins.cpu(),
-                    truth,
-                    {n: p[at] for n, p in said.items()},
-                )
+                best = _edge(sample, mine, points[at], box, at, {n: p[at] for n, p in said.items()})
     return best
 
 
+def _edge(
+    sample: Sample, view: DenseDetections, point: Tensor, box: Tensor, at: int, probabilities: dict[str, Tensor]
+) -> Edge:
+    """``at``: the anchor's place among those of its picture."""
+    bins = view.bins.cpu().expand(next(iter(probabilities.values())).shape)
+    ends = torch.tensor(view.classes.counts).cumsum(0)
+    stride = view.strides[int((at >= ends).sum())]
+    strides = f"distance from the point, in strides of {stride} px"
+    if len(bins) == 4:
+        truth = encode(point[None], box[None])[0] / stride
+        return Edge(sample, point, box, EDGES, (strides,) * 4, bins, truth, probabilities)
+    bins = torch.cat([bins[:4], bins[4:].rad2deg()])
+    names, unit = (EDGES, strides) if view.anchors is None else (DELTAS, "of the anchor's own, as encoded")
+    return Edge(sample, point, box, (*names, "angle"), (*(unit,) * 4, "degrees"), bins, None, probabilities)
+
+
 def distributions(edge: Edge) -> Figure:
-    """The picture with the object and the anchor's point, and beside it what each model says of the four edges."""
-    figure = Figure(figsize=(15, 3.1), layout="constrained")
-    axes = figure.subplots(1, 5)
+    """The picture with the object and the anchor's point, and beside it what each model says of the edges."""
+    figure = Figure(figsize=(3 * (len(edge.names) + 1), 3.1), layout="constrained")
+    axes = figure.subplots(1, len(edge.names) + 1)
     _picture(axes[0], edge.sample[0])
     _outlines(axes[0], edge.box[None], colour=MAIN)
     axes[0].plot(*edge.point.tolist(), "+", color=MAIN, ms=12, mew=2)
     colours = (TEACHER, *_cycle(len(edge.probabilities))[1:])
-    for i, (axis, name) in enumerate(zip(axes[1:], EDGES, strict=True)):
+    for i, (axis, name) in enumerate(zip(axes[1:], edge.names, strict=True)):
+        bins = edge.bins[i]
+        width = 0.8 * float(bins[1] - bins[0])
         for (model, rows), colour in zip(edge.probabilities.items(), colours, strict=True):
             if model == next(iter(edge.probabilities)):
-                axis.bar(edge.bins.numpy(), rows[i].numpy(), color=colour, alpha=0.45, width=0.8, label=model)
+                axis.bar(bins.numpy(), rows[i].numpy(), color=colour, alpha=0.45, width=width, label=model)
             else:
-                axis.plot(edge.bins.numpy(), rows[i].numpy(), "o-", color=colour, ms=3, lw=1.2, label=model)
-        axis.axvline(float(edge.truth[i]), color=TRUTH, ls="--", lw=1, label="truth")
-        axis.set_title(f"{name} edge", fontsize=10)
-        axis.set_xlabel(f"distance from the point, in strides of {edge.stride} px", fontsize=8)
+                axis.plot(bins.numpy(), rows[i].numpy(), "o-", color=colour, ms=3, lw=1.2, label=model)
+        if edge.truth is not None:
+            axis.axvline(float(edge.truth[i]), color=TRUTH, ls="--", lw=1, label="truth")
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel(edge.units[i], fontsize=8)
     axes[1].set_ylabel("probability", fontsize=8)
     axes[-1].legend(fontsize=8)
     return figure
@@ -198,8 +213,14 @@ def dense_views(models: Sequence[nn.Module], sample: Sample) -> list[DenseDetect
     return views
 
 
+def _points(view: DenseDetections) -> Tensor:
+    """(N, 2) x, y of every anchor's point, in pixels."""
+    points = grid_points(view.classes.sizes, view.strides, view.centre, "cpu")
+    return points.repeat_interleave(view.classes.anchors, 0)
+
+
 def _probabilities(view: DenseDetections) -> Tensor:
-    """(N, 4, K) of the only picture."""
+    """(N, E, K) of the only picture."""
     assert view.edges is not None
     return view.edges.all()[0].float().softmax(-1).cpu()
 
@@ -213,10 +234,10 @@ def _targets(sample: Sample, model: nn.Module) -> BoxTargets:
 
 @torch.no_grad()
 def _predict(model: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (k, 4), labels (k,) and scores (k,), the best of every place."""
+    """Boxes (k, 4) or (k, 5), labels (k,) and scores (k,), the best of every place."""
     (found,) = model.eval()([image.to(_device(model))])
     boxes, labels, scores = (found[name].cpu() for name in ("boxes", "labels", "scores"))
-    best = nms(boxes, scores, SAME)
+    best = nms(boxes, scores, SAME) if boxes.shape[1] == 4 else rotated_nms(boxes, scores, None, SAME)
     return boxes[best], labels[best], scores[best]
 
 
@@ -231,8 +252,15 @@ def _picture(axis: Axes, image: Tensor, fade: float = 0.0) -> None:
 
 
 def _outlines(axis: Axes, boxes: Tensor, colour: str = TRUTH) -> None:
-    for x1, y1, x2, y2 in boxes.tolist():
-        axis.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, edgecolor=colour, lw=1.4))
+    for outline in _corners(boxes):
+        axis.add_patch(Polygon((outline - 0.5).numpy(), fill=False, edgecolor=colour, lw=1.4))
+
+
+def _corners(boxes: Tensor) -> Tensor:
+    """(k, 4) or (k, 5) -> (k, 4, 2)."""
+    if boxes.shape[1] == 5:
+        return corners(boxes)
+    return boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].view(-1, 4, 2)
 
 
 def _grid(panels: int, width: float, height: float) -> list[Axes]:

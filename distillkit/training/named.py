@@ -50,7 +50,7 @@ def _row(recipe: Recipe, row: schema.Row, classes: int) -> nn.Module:
     return student
 
 
-def _teacher(recipe: Recipe, name: str, config: schema.TeacherModel, classes: int) -> nn.Module:
+def _teacher(recipe: Recipe, name: str, config: schema.AnyTeacher, classes: int) -> nn.Module:
     teacher = build.build_model(config, classes, recipe.evaluate)
     if config.train is not None and config.checkpoint is None:
         checkpoint.load_into(teacher, _trained(recipe, name, build.teacher_folder(name)))

@@ -10,7 +10,7 @@ from torch import nn
 
 from distillkit import recipe as recipes
 from distillkit import schema
-from distillkit.data.detection import PictureDetection
+from distillkit.data.detection import Pictures
 from distillkit.schema import Recipe
 from distillkit.training import build
 from distillkit.training.errors import RunError
@@ -30,7 +30,7 @@ class Planned:
 
     where: str
     folder: str
-    model: schema.Model | schema.TeacherModel
+    model: schema.AnyModel
     train: schema.Train
     distillers: Literal["all", "none"] | list[str]
 
@@ -74,13 +74,15 @@ def check_judged(split: str, data: Any) -> None:
 
 def _teaches(data: Any) -> bool:
     """Whether a picture has a box to be learned; most sets show one in the first pictures."""
-    if isinstance(data, PictureDetection):
+    if isinstance(data, Pictures):
         return data.usable_boxes > 0
     return any(len(data[0, i][1]["boxes"]) for i in range(len(data)))
 
 
 def _judges(data: Any) -> bool:
-    if isinstance(data, PictureDetection):
+    if isinstance(data, Pictures):
         return data.usable_boxes > 0
+    if not hasattr(data, "to_coco_json"):
+        return any(bool((~picture["difficult"]).any()) for picture in data.truth())
     boxes = (a["bbox"] for a in data.to_coco_json()["annotations"] if not a.get("iscrowd"))
     return any(width > 0 and height > 0 for _, _, width, height in boxes)

@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
+from distillkit.boxes.rotated import corners, upright
+from distillkit.data.large import open_windows
 from distillkit.data.transforms import Resize, sample_of
 from distillkit.evaluation.draw import draw_boxes
+from distillkit.evaluation.rotated import to_original
+from distillkit.evaluation.whole import predict_whole
 from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint
 from distillkit.training.errors import RunError
@@ -26,6 +30,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 def predict(recipe: Recipe, weights: str | Path | None, images: list[Path], folder: Path) -> list[dict[str, Any]]:
     """Find objects in pictures with a recipe's student. Boxes below the recipe's ``evaluate.score`` are left out.
 
+    Where the recipe cuts its pictures into tiles, so are these, whatever their size.
+
     Args:
         weights: what ``named_model`` takes: a row's name, or a file; None: the student as the recipe has it.
         images: pictures, or folders of them.
@@ -33,41 +39,70 @@ def predict(recipe: Recipe, weights: str | Path | None, images: list[Path], fold
 
     Returns:
         what predictions.json holds, one row a box in COCO's result format: file, image_id (from 1, in the order of the
-        pictures), category_id, category, bbox (x, y, width, height in pixels of the picture), score.
+        pictures), category_id, category, bbox (x, y, width, height in pixels of the picture), score. Of a rotated box
+        bbox is the upright one around it, and there is rotated_bbox (cx, cy, width, height, angle in radians, clockwise
+        as seen) and its corners as polygon (x1, y1, ..., x4, y4).
 
     Raises:
         RunError: no pictures, one that cannot be read, or two of one name; a model without trained weights.
     """
     data = build.build_classes(recipe)
     model = named_model(recipe, weights, len(data.classes))
-    device = processes().device
-    model.to(device).eval()
-    resize = build.build_resize(recipe.data)
+    model.to(processes().device).eval()
     rows: list[dict[str, Any]] = []
     for number, (path, drawn) in enumerate(_named(images, folder), 1):
-        picture = _read(path)
-        image, target = _prepared(picture, resize)
-        with torch.inference_mode():
-            (found,) = model([image.to(device)])
-        boxes = found["boxes"].cpu() / torch.tensor([*target["scale"]] * 2)
-        boxes = clip_boxes_to_image(boxes, (picture.height, picture.width))  # none reaches into what data.pad added
-        labels, scores = found["labels"].cpu(), found["scores"].cpu()
+        picture, boxes, scores, labels = _found(recipe, model, path)
         shown = draw_boxes(picture, boxes, labels, scores, data.classes)
         checkpoint.atomically(drawn, lambda part, shown=shown: shown.save(part, format="png"))  # type: ignore[misc]
-        for box, label, score in zip(boxes.tolist(), labels.tolist(), scores.tolist(), strict=True):
-            x1, y1, x2, y2 = box
+        for box, label, score in zip(boxes, labels.tolist(), scores.tolist(), strict=True):
             rows.append(
                 {
                     "file": str(path),
                     "image_id": number,
                     "category_id": data.category_ids[label],
                     "category": data.classes[label],
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    **_written(box),
                     "score": score,
                 }
             )
     checkpoint.write_json(folder / "predictions.json", rows)
     return rows
+
+
+def _found(recipe: Recipe, model: nn.Module, path: Path) -> tuple[Image.Image, Tensor, Tensor, Tensor]:
+    """A picture, and boxes in its pixels, scores and labels."""
+    tiles = getattr(recipe.data, "tiles", None)
+    if tiles is not None:
+        found = predict_whole(
+            model,
+            open_windows(path),
+            tiles.size,
+            tiles.overlap,
+            tiles.scales,
+            recipe.data.batch,
+            processes().device,
+            recipe.evaluate.iou,
+            recipe.evaluate.most,
+        )
+        return _read(path), found["boxes"], found["scores"], found["labels"]
+    picture = _read(path)
+    image, target = _prepared(picture, build.build_resize(recipe.data))
+    with torch.inference_mode():
+        (output,) = model([image.to(processes().device)])
+    boxes, scores, labels = (output[key].cpu() for key in ("boxes", "scores", "labels"))
+    scale = torch.tensor(target["scale"])
+    if boxes.shape[1] == 5:
+        return picture, to_original(boxes, scale), scores, labels
+    boxes = clip_boxes_to_image(boxes / scale.repeat(2), (picture.height, picture.width))  # none in what data.pad added
+    return picture, boxes, scores, labels
+
+
+def _written(box: Tensor) -> dict[str, list[float]]:
+    x1, y1, x2, y2 = (box if len(box) == 4 else upright(box)).tolist()
+    upright_box = {"bbox": [x1, y1, x2 - x1, y2 - y1]}
+    if len(box) == 4:
+        return upright_box
+    return {**upright_box, "rotated_bbox": box.tolist(), "polygon": corners(box).flatten().tolist()}
 
 
 def _named(images: list[Path], folder: Path) -> Iterator[tuple[Path, Path]]:

@@ -81,5 +81,17 @@ def scoring(text: str, pictures: int, console: Console) -> Iterator[Callable[[in
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def reading(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows that files are being read or cut, where there is a terminal.
+
+    Gives what to call with (what is read, how many are done, how many there are).
+    """
+    columns = TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn()
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=escape(what), completed=done, total=total)
+
+
 def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

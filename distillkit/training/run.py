@@ -17,14 +17,15 @@ from distillkit import schema
 from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint
 from distillkit.training.errors import CheckpointError, RunError
-from distillkit.training.evaluate import plain, score
+from distillkit.training.evaluate import judged, plain, predicted, score, submit
 from distillkit.training.folder import alone_in, changed_versions, check_owner, open_folder, versions
 from distillkit.training.loop import Job, check_settings, fit
 from distillkit.training.possible import check_judged, check_optimizer, check_taught, planned
 from distillkit.training.processes import processes
-from distillkit.training.progress import scoring
+from distillkit.training.progress import reading, scoring
 from distillkit.training.report import write_report
 from distillkit.training.table import rich_table, write_table
+from distillkit.training.tiles import cut_tiles
 
 __all__ = ["Jobs", "open_folder", "run", "versions"]
 
@@ -101,6 +102,8 @@ class Jobs:
 
     def __init__(self, recipe: Recipe, folder: Path, console: Console, command: str):
         self.recipe, self.folder, self.console, self.command = recipe, folder, console, command
+        with reading(console) as progress:
+            cut_tiles(recipe, progress)
         self.val = build.build_data(recipe, "val", augmented=False)
         self.classes = len(self.val.classes)
         split = recipe.evaluate.split
@@ -139,7 +142,7 @@ class Jobs:
             except RunError as error:
                 raise RunError(f"{step.where}: {error}") from error
 
-    def teacher(self, name: str, config: schema.TeacherModel) -> nn.Module:
+    def teacher(self, name: str, config: schema.AnyTeacher) -> nn.Module:
         """A teacher as it comes, or trained now if its block says so; evaluated either way."""
         folder = self._folder(name, build.teacher_folder(name))
         model = self._model(config)
@@ -165,7 +168,7 @@ class Jobs:
         self.folders[name] = folder
         return folder
 
-    def _model(self, config: schema.Model | schema.TeacherModel) -> nn.Module:
+    def _model(self, config: schema.AnyModel) -> nn.Module:
         checkpoint.seed_everything(self.recipe.seed)
         return build.build_model(config, self.classes, self.recipe.evaluate)
 
@@ -189,7 +192,7 @@ class Jobs:
                 folder=folder,
                 model=wrapped,
                 data=self.train,
-                evaluate=lambda student: plain(score(student, self.val, data.batch, data.workers)),
+                evaluate=lambda student: plain(score(self.recipe, student, self.val)),
                 train=train,
                 seed=self.recipe.seed,
                 batch=data.batch,
@@ -213,13 +216,16 @@ class Jobs:
 
     def _judge(self, name: str, folder: Path, model: nn.Module, minutes: float | None) -> None:
         """Score the model on the recipe's split, once, and add its row to the table."""
-        split, data = self.recipe.evaluate.split, self.recipe.data
+        split = self.recipe.evaluate.split
         path = folder / f"scores-{split}.json"
         if not path.exists():
             with scoring(f"{name}: scoring on {split}", len(self.judged), self.console) as progress:
-                scores = plain(score(model, self.judged, data.batch, data.workers, progress))
+                found = predicted(self.recipe, model, self.judged, progress)
             if processes().is_main_process:
-                checkpoint.write_json(path, scores)
+                if getattr(self.recipe.evaluate, "submission", False):
+                    archive = submit(folder / f"Task1-{split}", found, self.judged)
+                    self.console.print(f"{name}: {archive}", markup=False, highlight=False, soft_wrap=True)
+                checkpoint.write_json(path, plain(judged(self.recipe, found, self.judged)))
             processes().wait_for_everyone()
         scores = checkpoint.read_json(path)
         parameters = sum(p.numel() for p in model.parameters())

@@ -1,0 +1,42 @@
+"""Rotated GFL, as in ``distillkit.models.rotated_gfl``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distillkit.adapters.rotated import RotatedHead
+from distillkit.boxes.anchors import grid_points, grid_strides
+from distillkit.boxes.rotated_distribution import angle_bins
+from distillkit.core.views import DenseDetections
+from distillkit.models.rotated_gfl import RotatedGFL, decoded
+
+
+def rotated_gfl(model: RotatedGFL) -> RotatedGFLHead:
+    """``Features`` are the pyramid's maps."""
+    return RotatedGFLHead(
+        classes="head.gfl_cls",
+        edges="head.scales.*",
+        strides=model.strides,
+        bins=model.bins,
+        centre=model.centre,
+        octave=model.octave,
+        features=[f"neck[{i}]" for i in range(len(model.strides))],
+        convention=model.angle,
+    )
+
+
+class RotatedGFLHead(RotatedHead):
+    """Four distances in strides and an angle in radians: ``DenseDetections.support`` has a row for each."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.support = torch.stack([torch.arange(self.bins, dtype=torch.float32)] * 4 + [angle_bins(self.bins)])
+
+    def decoded(self, view: DenseDetections, centre: float) -> Tensor:
+        assert view.edges is not None
+        logits = view.edges.all().float()
+        points = grid_points(view.edges.sizes, view.strides, centre, logits.device)
+        return decoded(logits, points, grid_strides(view.edges.sizes, view.strides, logits.device))
