@@ -146,18 +146,19 @@ class DistilledModel(nn.Module):
         return losses
 
     def _losses(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Losses:
-        """Student, teachers, distillers."""
+        """Teachers, student, distillers."""
         call = args, kwargs
         args, kwargs, given = self._split_targets(args, kwargs)
-        output, views = self._student_side.run(args, kwargs, exit_early=False)
-        targets = self._adapter.targets(args, kwargs, given)
-        losses = self._task_losses(output, given, targets)
         acting = self._acting()
+        # before the student, whose activations would otherwise be kept alive beside those of the teachers
         taught = {
             name: self._run_teacher(name, side, args, kwargs)
             for name, side in self._teacher_sides.items()
             if any(self._uses[distiller] == name for distiller in acting)
         }
+        output, views = self._student_side.run(args, kwargs, exit_early=False)
+        targets = self._adapter.targets(args, kwargs, given)
+        losses = self._task_losses(output, given, targets)
         with torch.autocast(self.step.device.type, enabled=False):  # small differences need float32
             for name, distiller in self._named:
                 if name in acting:
