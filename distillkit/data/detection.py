@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ class Split(Generic[R]):
     problems: list[Problem]
 
 
-class Pictures(Dataset[tuple[Tensor, dict[str, Any]]], Generic[R]):
+class Pictures(Dataset[tuple[Tensor, dict[str, Any]]], ABC, Generic[R]):
     """``dataset[(epoch, index)]`` -> image float32 (3, H, W) in 0..1 and a target dict.
 
     The target holds boxes in pixels of this image, labels int64 (k,), image_id int and size (H0, W0) of the picture as
@@ -149,13 +150,13 @@ class Pictures(Dataset[tuple[Tensor, dict[str, Any]]], Generic[R]):
         boxes, labels = self.targets(record, self.taught(record))
         return sample_of(image, boxes, labels)
 
+    @abstractmethod
     def taught(self, record: R) -> np.ndarray:
         """bool (k,): which objects of a picture are to be learned."""
-        raise NotImplementedError
 
+    @abstractmethod
     def targets(self, record: R, taught: np.ndarray) -> tuple[Tensor, Tensor]:
         """Boxes and labels of these objects, as ``sample_of`` takes them."""
-        raise NotImplementedError
 
 
 class PictureDetection(Pictures[Record]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class TiledDota(DotaDetection):
 
     Attributes:
         places: of the tiles, by image_id.
-        whole: the pictures themselves.
+        whole: the pictures themselves; their labels are read when they are first asked for, in evaluation.
     """
 
     def __init__(
@@ -37,8 +38,12 @@ class TiledDota(DotaDetection):
         skip_empty: bool = False,
     ):
         super().__init__(tiles, split, classes, transform, seed, teach_difficult, skip_empty)
-        self.whole = RotatedDetection(read_dota(root, split, classes))
+        self._source = (root, split, classes)
         self.places = {record.image_id: Tile.parse(record.path.stem) for record in self.records}
+
+    @cached_property
+    def whole(self) -> RotatedDetection:
+        return RotatedDetection(read_dota(*self._source))
 
     def truth(self) -> list[dict[str, Any]]:
         """Of the whole pictures, as ``RotatedDetection.truth`` gives it."""

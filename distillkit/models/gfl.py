@@ -178,28 +178,22 @@ class GFL(PyramidDetector):
 
 def gfl_r18(num_classes: int = 80, pretrained: bool | str | Path = False, **options: Any) -> GFL:
     """GFL with ResNet-18, as published: 19,420,889 parameters at 80 classes."""
-    return _published(num_classes, "resnet18", pretrained, options)
+    return GFL.preset(num_classes, "resnet18", pretrained, options)
 
 
 def gfl_r34(num_classes: int = 80, pretrained: bool | str | Path = False, **options: Any) -> GFL:
     """GFL with ResNet-34, as published: 29,529,049 parameters at 80 classes."""
-    return _published(num_classes, "resnet34", pretrained, options)
+    return GFL.preset(num_classes, "resnet34", pretrained, options)
 
 
 def gfl_r50(num_classes: int = 80, pretrained: bool | str | Path = False, **options: Any) -> GFL:
     """GFL with ResNet-50, as published: 32,440,537 parameters at 80 classes."""
-    return _published(num_classes, "resnet50", pretrained, options)
+    return GFL.preset(num_classes, "resnet50", pretrained, options)
 
 
 def gfl_r101(num_classes: int = 80, pretrained: bool | str | Path = False, **options: Any) -> GFL:
     """GFL with ResNet-101, as published: 51,432,665 parameters at 80 classes."""
-    return _published(num_classes, "resnet101", pretrained, options)
-
-
-def _published(num_classes: int, backbone: str, pretrained: bool | str | Path, options: dict[str, Any]) -> GFL:
-    """The published settings freeze the first stage and all statistics, which makes sense only for trained weights."""
-    trained = bool(pretrained)
-    return GFL(num_classes, backbone, pretrained, **{"freeze_bn": trained, "frozen_stages": int(trained), **options})
+    return GFL.preset(num_classes, "resnet101", pretrained, options)
 
 
 def load_openmmlab(model: GFL, path: str | Path) -> GFL:

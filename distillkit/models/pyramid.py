@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Self, TypedDict
+from typing import Any, Literal, Self, TypedDict
 
 import timm
 import torch
@@ -102,6 +102,13 @@ class PyramidDetector(nn.Module, ABC):
     @abstractmethod
     def predict(self, classes: Sequence[Tensor], edges: Sequence[Tensor], sizes: Sizes) -> list[dict[str, Tensor]]:
         """The head's maps -> per picture boxes (k, columns) in its pixels, scores (k,) falling, labels (k,)."""
+
+    @classmethod
+    def preset(cls, num_classes: int, backbone: str, pretrained: bool | str | Path, options: dict[str, Any]) -> Self:
+        """As published: the first stage and all statistics are frozen, which makes sense only for trained weights."""
+        trained = bool(pretrained)
+        frozen = {"freeze_bn": trained, "frozen_stages": int(trained)}
+        return cls(num_classes, backbone, pretrained, **{**frozen, **options})
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

@@ -123,22 +123,14 @@ def decoded(logits: Tensor, points: Tensor, strides: Tensor) -> Tensor:
 
 def rotated_gfl_r18(num_classes: int = 15, pretrained: bool | str | Path = False, **options: Any) -> RotatedGFL:
     """Rotated GFL with ResNet-18: 19,298,724 parameters at 15 classes."""
-    return _preset(num_classes, "resnet18", pretrained, options)
+    return RotatedGFL.preset(num_classes, "resnet18", pretrained, options)
 
 
 def rotated_gfl_r34(num_classes: int = 15, pretrained: bool | str | Path = False, **options: Any) -> RotatedGFL:
     """Rotated GFL with ResNet-34: 29,406,884 parameters at 15 classes."""
-    return _preset(num_classes, "resnet34", pretrained, options)
+    return RotatedGFL.preset(num_classes, "resnet34", pretrained, options)
 
 
 def rotated_gfl_r50(num_classes: int = 15, pretrained: bool | str | Path = False, **options: Any) -> RotatedGFL:
     """Rotated GFL with ResNet-50: 32,318,372 parameters at 15 classes."""
-    return _preset(num_classes, "resnet50", pretrained, options)
-
-
-def _preset(num_classes: int, backbone: str, pretrained: bool | str | Path, options: dict[str, Any]) -> RotatedGFL:
-    """Trained weights keep their first stage and all statistics, as in GFL."""
-    trained = bool(pretrained)
-    return RotatedGFL(
-        num_classes, backbone, pretrained, **{"freeze_bn": trained, "frozen_stages": int(trained), **options}
-    )
+    return RotatedGFL.preset(num_classes, "resnet50", pretrained, options)

@@ -149,24 +149,14 @@ class RotatedRetina(PyramidDetector):
 
 def rotated_retina_r18(num_classes: int = 15, pretrained: bool | str | Path = False, **options: Any) -> RotatedRetina:
     """Rotated RetinaNet with ResNet-18, as published: 20,912,220 parameters at 15 classes."""
-    return _published(num_classes, "resnet18", pretrained, options)
+    return RotatedRetina.preset(num_classes, "resnet18", pretrained, options)
 
 
 def rotated_retina_r34(num_classes: int = 15, pretrained: bool | str | Path = False, **options: Any) -> RotatedRetina:
     """Rotated RetinaNet with ResNet-34, as published: 31,020,380 parameters at 15 classes."""
-    return _published(num_classes, "resnet34", pretrained, options)
+    return RotatedRetina.preset(num_classes, "resnet34", pretrained, options)
 
 
 def rotated_retina_r50(num_classes: int = 15, pretrained: bool | str | Path = False, **options: Any) -> RotatedRetina:
     """Rotated RetinaNet with ResNet-50, as published: 37,470,812 parameters at 15 classes."""
-    return _published(num_classes, "resnet50", pretrained, options)
-
-
-def _published(
-    num_classes: int, backbone: str, pretrained: bool | str | Path, options: dict[str, Any]
-) -> RotatedRetina:
-    """The published settings freeze the first stage and all statistics, which makes sense only for trained weights."""
-    trained = bool(pretrained)
-    return RotatedRetina(
-        num_classes, backbone, pretrained, **{"freeze_bn": trained, "frozen_stages": int(trained), **options}
-    )
+    return RotatedRetina.preset(num_classes, "resnet50", pretrained, options)

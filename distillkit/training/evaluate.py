@@ -25,6 +25,7 @@ from distillkit.training import build
 from distillkit.training.build import DetectionData
 from distillkit.training.named import named_model
 from distillkit.training.processes import processes
+from distillkit.training.tiles import cut_tiles
 
 
 class Share:
@@ -100,6 +101,7 @@ def evaluate(recipe: Recipe, model: str | None, split: Literal["train", "val", "
     Raises:
         RunError: no such model, or one without trained weights. CheckpointError: weights that do not fit.
     """
+    cut_tiles(recipe)
     data = build.build_data(recipe, split, augmented=False)
     detector = named_model(recipe, model, len(data.classes))
     with ProgressBar(TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), transient=True) as bar:
