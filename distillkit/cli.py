@@ -67,6 +67,11 @@ class SplitName(StrEnum):
     test = "test"
 
 
+class DotaTask(StrEnum):
+    Task1 = "Task1"
+    Task2 = "Task2"
+
+
 class Listed(StrEnum):
     distillers = "distillers"
     models = "models"
@@ -203,6 +208,10 @@ def evaluate(
         ),
     ] = None,
     split: Annotated[SplitName, typer.Option("--split", help="On which pictures.")] = SplitName.val,
+    submission: Annotated[
+        Path | None,
+        typer.Option("--submission", metavar="FOLDER|ZIP", help="Score these files of DOTA's Task1 or Task2 instead."),
+    ] = None,
     imports: Imports = None,
     debug: Debug = False,
 ) -> None:
@@ -212,12 +221,18 @@ def evaluate(
       distillkit eval ld_coco_mini --model teacher --split test
       distillkit eval quickstart --model distilled
       distillkit eval quickstart --model runs/quickstart/distilled/best.safetensors
+      distillkit eval ld_dota --submission theirs.zip
     """
     with _plainly(debug):
+        if submission is not None and model is not None:
+            raise recipes.RecipeError(["give --model, to run it, or --submission, to score what one wrote; not both"])
         loaded = _load(recipe, overrides, imports)
-        from distillkit.training.evaluate import evaluate as score
+        from distillkit.training import evaluate as scoring
 
-        _print_scores(score(loaded, model, split.value))
+        if submission is not None:
+            _print_scores(scoring.evaluate_submission(loaded, submission, split.value))
+        else:
+            _print_scores(scoring.evaluate(loaded, model, split.value))
 
 
 @app.command()
@@ -229,6 +244,10 @@ def predict(
         "predictions"
     ),
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe.")] = None,
+    submission: Annotated[
+        DotaTask | None,
+        typer.Option("--submission", help="Write the files of this task of DOTA, and their archive, too."),
+    ] = None,
     imports: Imports = None,
     debug: Debug = False,
 ) -> None:
@@ -237,6 +256,7 @@ def predict(
     Examples:
       distillkit predict my.yaml photo.jpg --weights distilled
       distillkit predict my.yaml photos/ --weights best.safetensors --out found --set evaluate.score=0.3
+      distillkit predict ld_dota dota/test/images --weights distilled --submission Task1
     """
     with _plainly(debug):
         for path in images:
@@ -245,7 +265,8 @@ def predict(
         loaded = _load(recipe, changes, imports)
         from distillkit.training.predict import predict as find
 
-        find(loaded, weights, images, folder)
+        with _bar() as bar:
+            find(loaded, weights, images, folder, submission and submission.value, _shown_on(bar))
         _say(out, f"pictures and predictions.json are in {folder}")
 
 
@@ -359,6 +380,12 @@ def _bar() -> Progress:
     return Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
 
 
+def _shown_on(bar: Progress) -> Callable[[str, int, int], None]:
+    """One line of a bar, for whatever is being done: what, how many of it are done, how many there are."""
+    task = bar.add_task("", total=None)
+    return lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
 def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
@@ -377,12 +404,7 @@ def _findings(recipe: Recipe) -> bool:
 
     right = True
     with _bar() as bar:
-        task = bar.add_task("", total=None)
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
-        for finding in findings(recipe, progress):
+        for finding in findings(recipe, _shown_on(bar)):
             right = right and finding.level != "error"
             style = {"ok": "green", "warning": "yellow", "error": "red"}[finding.level]
             out.print(Text.assemble((finding.level, style), f" {finding.where}: {finding.what}"), soft_wrap=True)

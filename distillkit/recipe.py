@@ -230,7 +230,7 @@ def _wrong_rows(raw: dict[str, Any]) -> Iterator[Wrong]:
 
 def is_untrained(model: dict[str, Any]) -> bool:
     """Whether a block of a model, as it is written, comes with random weights. Of a custom one that cannot be told."""
-    random = model.get("kind") == "gfl" or model.get("weights") in ("new-head", "none")
+    random = model.get("kind") in ("gfl", "rotated-gfl", "rotated-retina") or model.get("weights") in ("new-head", "none")
     return random and model.get("checkpoint") is None
 
 

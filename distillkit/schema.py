@@ -187,6 +187,12 @@ class DotaData(_Rotated):
     tiles: Tiles | None = None
     """Null: pictures are used as they are."""
 
+    @model_validator(mode="after")
+    def _tiles_are_square(self) -> Self:
+        if self.tiles is not None and self.size[0] != self.size[1]:
+            raise ValueError(f"size: tiles are square, and so is the network's input; got {self.size}")
+        return self
+
 
 class HrscData(_Rotated):
     """HRSC2016: ships, in its XML files."""
@@ -586,8 +592,8 @@ class RotatedEvaluate(Evaluate):
     """Overlap above which the weaker of two boxes of a class is dropped."""
     most: Count = 2000
     """Boxes a picture."""
-    submission: bool = False
-    """Write the files of DOTA's Task1, and their archive, from each row's boxes on the split."""
+    submission: Literal["Task1", "Task2"] | None = None
+    """Write the files of this task of DOTA, and their archive, from each row's boxes on the split."""
 
 
 class _Recipe(Strict):

@@ -23,6 +23,8 @@ Size = tuple[int, int]
 
 #: pixels up to which a picture is decoded as a whole, by Pillow
 SMALL = 4096 * 4096
+#: rows of an overview that are made at a time
+STRIP = 64
 INSTALL = "install pyvips, which reads it in parts: pip install 'distillkit[dota]'"
 COPY = "copy the file again, save it as PNG or TIFF, or take it out"
 
@@ -64,6 +66,24 @@ def size_of(path: str | Path) -> Size:
             return picture.height, picture.width
     except TooLargeError:
         return open_windows(path).size
+
+
+def overview(picture: Windows, side: int) -> tuple[np.ndarray, int]:
+    """A picture made smaller by a whole factor, so that neither side is above ``side``; read in strips.
+
+    Returns uint8 (height // factor, width // factor, 3) RGB, and the factor, 1 for a picture that is small enough.
+    """
+    height, width = picture.size
+    factor = -(-max(height, width) // side)
+    if factor == 1:
+        return picture.read(0, 0, width, height), 1
+    rows, columns = height // factor, width // factor
+    small = np.empty((rows, columns, 3), np.uint8)
+    for first in range(0, rows, STRIP):
+        strip = small[first : first + STRIP]
+        pixels = picture.read(0, first * factor, columns * factor, len(strip) * factor)
+        strip[:] = pixels.reshape(len(strip), factor, columns, factor, 3).mean((1, 3), dtype=np.float32).round()
+    return small, factor
 
 
 class TooLargeError(DataError):

@@ -18,11 +18,12 @@ from distillkit.data.tiled import TiledDota
 from distillkit.evaluation.coco import CocoResult, coco_metrics
 from distillkit.evaluation.predict import Progress, predict_dataset
 from distillkit.evaluation.rotated import RotatedResult, rotated_metrics
-from distillkit.evaluation.submission import write_submission
+from distillkit.evaluation.submission import Task, horizontal, read_submission, write_submission
 from distillkit.evaluation.whole import merge_tiles
 from distillkit.schema import Recipe
 from distillkit.training import build
 from distillkit.training.build import DetectionData
+from distillkit.training.errors import RunError
 from distillkit.training.named import named_model
 from distillkit.training.processes import processes
 from distillkit.training.tiles import cut_tiles
@@ -73,11 +74,15 @@ def whole(recipe: Recipe, found: Sequence[dict[str, Any]], data: TiledDota) -> l
     return [{**prediction, "image_id": ids[name]} for name, prediction in merged.items()]
 
 
-def submit(folder: Path, found: Sequence[dict[str, Any]], data: RotatedDetection) -> Path:
-    """Write predictions on a set in files as those of DOTA's Task1; the path of their archive."""
+def submit(folder: Path, found: Sequence[dict[str, Any]], data: RotatedDetection, task: Task) -> Path:
+    """Write predictions on a set in files as those of DOTA's tasks; the path of their archive."""
+    return write_submission(folder, found, _names(data), data.classes, task)
+
+
+def _names(data: RotatedDetection) -> dict[int, str]:
+    """Of the pictures on disk, without ending, by image_id."""
     pictures = data.whole if isinstance(data, TiledDota) else data
-    names = {record.image_id: record.path.stem for record in pictures.records}
-    return write_submission(folder, found, names, data.classes)
+    return {record.image_id: record.path.stem for record in pictures.records}
 
 
 def judged(recipe: Recipe, found: Sequence[dict[str, Any]], data: Any) -> Result:
@@ -90,6 +95,21 @@ def judged(recipe: Recipe, found: Sequence[dict[str, Any]], data: Any) -> Result
 def plain(result: Result) -> dict[str, Any]:
     """The numbers (0..1) by name, and under ``classes`` ap, ap50, ap75 and boxes of each class."""
     return {**result.numbers, "classes": {name: asdict(row) for name, row in result.classes.items()}}
+
+
+def evaluate_submission(recipe: Recipe, path: Path, split: Literal["train", "val", "test"]) -> RotatedResult:
+    """Score the files of DOTA's Task1 or Task2, a folder or an archive, on a split of a recipe.
+
+    Raises:
+        RunError: the recipe's data have no pictures with names. SubmissionError: see ``read_submission``.
+    """
+    if not isinstance(recipe.data, schema.DotaData):
+        raise RunError(f"a submission is scored on data of kind dota; those of {recipe.name!r} are {recipe.data.kind}")
+    pictures = recipe.model_copy(update={"data": recipe.data.model_copy(update={"tiles": None})})
+    data = build.build_data(pictures, split, augmented=False)
+    submission = read_submission(path, _names(data), data.classes)
+    truth = data.truth() if submission.task == "Task1" else horizontal(data.truth())
+    return rotated_metrics(submission.predictions, truth, data.classes)
 
 
 def evaluate(recipe: Recipe, model: str | None, split: Literal["train", "val", "test"]) -> Result:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,21 +13,47 @@ from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image
 
 from distillkit.boxes.rotated import corners, upright
-from distillkit.data.large import open_windows
+from distillkit.data.large import open_windows, overview
 from distillkit.data.transforms import Resize, sample_of
 from distillkit.evaluation.draw import draw_boxes
 from distillkit.evaluation.rotated import to_original
+from distillkit.evaluation.submission import Task, write_submission
 from distillkit.evaluation.whole import predict_whole
-from distillkit.schema import Recipe
+from distillkit.schema import Recipe, RotatedRecipe
 from distillkit.training import build, checkpoint
 from distillkit.training.errors import RunError
 from distillkit.training.named import named_model
 from distillkit.training.processes import processes
+from distillkit.training.tiles import Progress
 
+#: larger pictures are drawn smaller, so that neither side has more pixels
+DRAWN = 4096
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
-def predict(recipe: Recipe, weights: str | Path | None, images: list[Path], folder: Path) -> list[dict[str, Any]]:
+class Found(NamedTuple):
+    """A picture, ``shrunk`` times smaller than its file if that is very large; boxes (k, 4) or (k, 5) in pixels of the
+    file, scores (k,), labels (k,)."""
+
+    picture: Image.Image
+    shrunk: int
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+    def prediction(self) -> dict[str, Any]:
+        """As metrics and submissions take it."""
+        return {"boxes": self.boxes, "scores": self.scores, "labels": self.labels, "scale": (1.0, 1.0)}
+
+
+def predict(
+    recipe: Recipe,
+    weights: str | Path | None,
+    images: list[Path],
+    folder: Path,
+    submission: Task | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
     """Find objects in pictures with a recipe's student. Boxes below the recipe's ``evaluate.score`` are left out.
 
     Where the recipe cuts its pictures into tiles, so are these, whatever their size.
@@ -35,7 +61,10 @@ def predict(recipe: Recipe, weights: str | Path | None, images: list[Path], fold
     Args:
         weights: what ``named_model`` takes: a row's name, or a file; None: the student as the recipe has it.
         images: pictures, or folders of them.
-        folder: gets each picture with its boxes, NAME.png, and predictions.json.
+        folder: gets each picture with its boxes, NAME.png (a very large one made smaller), and predictions.json.
+        submission: the files of this task of DOTA are written too, to a folder of its name in ``folder``.
+        progress: called with a picture's name, or "pictures", and how many of its windows, or of them, are done of how
+            many.
 
     Returns:
         what predictions.json holds, one row a box in COCO's result format: file, image_id (from 1, in the order of the
@@ -44,17 +73,22 @@ def predict(recipe: Recipe, weights: str | Path | None, images: list[Path], fold
         as seen) and its corners as polygon (x1, y1, ..., x4, y4).
 
     Raises:
-        RunError: no pictures, one that cannot be read, or two of one name; a model without trained weights.
+        RunError: no pictures, one that cannot be read, or two of one name; a model without trained weights; a
+            submission of upright boxes. SubmissionError: see ``write_submission``.
     """
+    if submission is not None and not isinstance(recipe, RotatedRecipe):
+        raise RunError(f"a submission is for rotated boxes, and the task of {recipe.name!r} is {recipe.task}")
     data = build.build_classes(recipe)
     model = named_model(recipe, weights, len(data.classes))
     model.to(processes().device).eval()
     rows: list[dict[str, Any]] = []
-    for number, (path, drawn) in enumerate(_named(images, folder), 1):
-        picture, boxes, scores, labels = _found(recipe, model, path)
-        shown = draw_boxes(picture, boxes, labels, scores, data.classes)
+    submitted: list[dict[str, Any]] = []
+    named = _named(images, folder)
+    for number, (path, drawn) in enumerate(named, 1):
+        found = _found(recipe, model, path, progress)
+        shown = _drawn(found, data.classes)
         checkpoint.atomically(drawn, lambda part, shown=shown: shown.save(part, format="png"))  # type: ignore[misc]
-        for box, label, score in zip(boxes, labels.tolist(), scores.tolist(), strict=True):
+        for box, label, score in zip(found.boxes, found.labels.tolist(), found.scores.tolist(), strict=True):
             rows.append(
                 {
                     "file": str(path),
@@ -65,26 +99,19 @@ def predict(recipe: Recipe, weights: str | Path | None, images: list[Path], fold
                     "score": score,
                 }
             )
+        submitted.append({"image_id": number, **found.prediction()})
+        if progress is not None:
+            progress("pictures", number, len(named))
+    if submission is not None:
+        names = {number: path.stem for number, (path, _) in enumerate(named, 1)}
+        write_submission(folder / submission, submitted, names, data.classes, submission)
     checkpoint.write_json(folder / "predictions.json", rows)
     return rows
 
 
-def _found(recipe: Recipe, model: nn.Module, path: Path) -> tuple[Image.Image, Tensor, Tensor, Tensor]:
-    """A picture, and boxes in its pixels, scores and labels."""
-    tiles = getattr(recipe.data, "tiles", None)
-    if tiles is not None:
-        found = predict_whole(
-            model,
-            open_windows(path),
-            tiles.size,
-            tiles.overlap,
-            tiles.scales,
-            recipe.data.batch,
-            processes().device,
-            recipe.evaluate.iou,
-            recipe.evaluate.most,
-        )
-        return _read(path), found["boxes"], found["scores"], found["labels"]
+def _found(recipe: Recipe, model: nn.Module, path: Path, progress: Progress | None) -> Found:
+    if getattr(recipe.data, "tiles", None) is not None:
+        return _found_in_windows(recipe, model, path, progress)
     picture = _read(path)
     image, target = _prepared(picture, build.build_resize(recipe.data))
     with torch.inference_mode():
@@ -92,9 +119,36 @@ def _found(recipe: Recipe, model: nn.Module, path: Path) -> tuple[Image.Image, T
     boxes, scores, labels = (output[key].cpu() for key in ("boxes", "scores", "labels"))
     scale = torch.tensor(target["scale"])
     if boxes.shape[1] == 5:
-        return picture, to_original(boxes, scale), scores, labels
+        return Found(picture, 1, to_original(boxes, scale), scores, labels)
     boxes = clip_boxes_to_image(boxes / scale.repeat(2), (picture.height, picture.width))  # none in what data.pad added
-    return picture, boxes, scores, labels
+    return Found(picture, 1, boxes, scores, labels)
+
+
+def _found_in_windows(recipe: Recipe, model: nn.Module, path: Path, progress: Progress | None) -> Found:
+    """With windows of the size that the recipe's tiles have for the network, so that objects are as large for it."""
+    data, tiles, how = recipe.data, recipe.data.tiles, recipe.evaluate
+    picture = open_windows(path)
+    ratio = data.size[0] / tiles.size
+    found = predict_whole(
+        model,
+        picture,
+        data.size[0],
+        round(tiles.overlap * ratio),
+        [scale * ratio for scale in tiles.scales],
+        data.batch,
+        processes().device,
+        how.iou,
+        how.most,
+        partial(progress, path.name) if progress is not None else None,
+    )
+    pixels, shrunk = overview(picture, DRAWN)
+    return Found(Image.fromarray(pixels), shrunk, found["boxes"], found["scores"], found["labels"])
+
+
+def _drawn(found: Found, classes: list[str]) -> Image.Image:
+    boxes = found.boxes.clone()
+    boxes[:, :4] /= found.shrunk
+    return draw_boxes(found.picture, boxes, found.labels, found.scores, classes)
 
 
 def _written(box: Tensor) -> dict[str, list[float]]:
@@ -105,7 +159,7 @@ def _written(box: Tensor) -> dict[str, list[float]]:
     return {**upright_box, "rotated_bbox": box.tolist(), "polygon": corners(box).flatten().tolist()}
 
 
-def _named(images: list[Path], folder: Path) -> Iterator[tuple[Path, Path]]:
+def _named(images: list[Path], folder: Path) -> list[tuple[Path, Path]]:
     """Each picture and the file it is drawn to."""
     paths = [p for path in images for p in (_inside(path) if path.is_dir() else [path])]
     if not paths:
@@ -115,7 +169,7 @@ def _named(images: list[Path], folder: Path) -> Iterator[tuple[Path, Path]]:
         other = seen.setdefault(path.stem, path)
         if other is not path:
             raise RunError(f"{path} and {other} would both be drawn to {path.stem}.png: rename one, or call twice")
-    yield from ((path, folder / f"{path.stem}.png") for path in paths)
+    return [(path, folder / f"{path.stem}.png") for path in paths]
 
 
 def _inside(folder: Path) -> list[Path]:

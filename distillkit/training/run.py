@@ -222,8 +222,8 @@ class Jobs:
             with scoring(f"{name}: scoring on {split}", len(self.judged), self.console) as progress:
                 found = predicted(self.recipe, model, self.judged, progress)
             if processes().is_main_process:
-                if getattr(self.recipe.evaluate, "submission", False):
-                    archive = submit(folder / f"Task1-{split}", found, self.judged)
+                if task := getattr(self.recipe.evaluate, "submission", None):
+                    archive = submit(folder / f"{task}-{split}", found, self.judged, task)
                     self.console.print(f"{name}: {archive}", markup=False, highlight=False, soft_wrap=True)
                 checkpoint.write_json(path, plain(judged(self.recipe, found, self.judged)))
             processes().wait_for_everyone()
