@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -65,11 +65,6 @@ class SplitName(StrEnum):
     train = "train"
     val = "val"
     test = "test"
-
-
-class DotaTask(StrEnum):
-    Task1 = "Task1"
-    Task2 = "Task2"
 
 
 class Listed(StrEnum):
@@ -245,7 +240,7 @@ def predict(
     ),
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe.")] = None,
     submission: Annotated[
-        DotaTask | None,
+        Literal["Task1", "Task2"] | None,
         typer.Option("--submission", help="Write the files of this task of DOTA, and their archive, too."),
     ] = None,
     imports: Imports = None,
@@ -266,7 +261,7 @@ def predict(
         from distillkit.training.predict import predict as find
 
         with _bar() as bar:
-            find(loaded, weights, images, folder, submission and submission.value, _shown_on(bar))
+            find(loaded, weights, images, folder, submission, _shown_on(bar))
         _say(out, f"pictures and predictions.json are in {folder}")
 
 

@@ -230,8 +230,8 @@ def _wrong_rows(raw: dict[str, Any]) -> Iterator[Wrong]:
 
 def is_untrained(model: dict[str, Any]) -> bool:
     """Whether a block of a model, as it is written, comes with random weights. Of a custom one that cannot be told."""
-    random = model.get("kind") in ("gfl", "rotated-gfl", "rotated-retina") or model.get("weights") in ("new-head", "none")
-    return random and model.get("checkpoint") is None
+    built = model.get("kind") in ("gfl", "rotated-gfl", "rotated-retina")
+    return (built or model.get("weights") in ("new-head", "none")) and model.get("checkpoint") is None
 
 
 def _teachers(raw: dict[str, Any]) -> Iterator[tuple[Keys, dict[str, Any]]]:

@@ -46,7 +46,7 @@ def read(split: Path) -> list[Window]:
 
 
 def stitched(windows: list[Window], height: int, width: int, busy: int) -> Window:
-    """Windows side by side and below each other, over and over; of those that the border cuts no object is annotated."""
+    """Windows side by side and below each other, over and over; of those that the border cuts nothing is annotated."""
     side = windows[0].pixels.shape[0]
     pixels = np.zeros((height, width, 3), np.uint8)
     objects, which = [], count()
@@ -55,8 +55,9 @@ def stitched(windows: list[Window], height: int, width: int, busy: int) -> Windo
             window = windows[next(which) % len(windows)]
             there = pixels[y : y + side, x : x + side]
             there[:] = window.pixels[: there.shape[0], : there.shape[1]]
+            corner = np.array([x, y])
             if row < busy and x + side <= width and y + side <= height:
-                objects += [(quad + (x, y), name, difficult) for quad, name, difficult in window.objects]
+                objects += [(quad + corner, name, difficult) for quad, name, difficult in window.objects]
     return Window(pixels, objects)
 
 

@@ -19,7 +19,7 @@ from distillkit.evaluation.draw import draw_boxes
 from distillkit.evaluation.rotated import to_original
 from distillkit.evaluation.submission import Task, write_submission
 from distillkit.evaluation.whole import predict_whole
-from distillkit.schema import Recipe, RotatedRecipe
+from distillkit.schema import Recipe, RotatedRecipe, Tiles
 from distillkit.training import build, checkpoint
 from distillkit.training.errors import RunError
 from distillkit.training.named import named_model
@@ -110,8 +110,9 @@ def predict(
 
 
 def _found(recipe: Recipe, model: nn.Module, path: Path, progress: Progress | None) -> Found:
-    if getattr(recipe.data, "tiles", None) is not None:
-        return _found_in_windows(recipe, model, path, progress)
+    tiles = getattr(recipe.data, "tiles", None)
+    if tiles is not None:
+        return _found_in_windows(recipe, tiles, model, path, progress)
     picture = _read(path)
     image, target = _prepared(picture, build.build_resize(recipe.data))
     with torch.inference_mode():
@@ -124,9 +125,9 @@ def _found(recipe: Recipe, model: nn.Module, path: Path, progress: Progress | No
     return Found(picture, 1, boxes, scores, labels)
 
 
-def _found_in_windows(recipe: Recipe, model: nn.Module, path: Path, progress: Progress | None) -> Found:
+def _found_in_windows(recipe: Recipe, tiles: Tiles, model: nn.Module, path: Path, progress: Progress | None) -> Found:
     """With windows of the size that the recipe's tiles have for the network, so that objects are as large for it."""
-    data, tiles, how = recipe.data, recipe.data.tiles, recipe.evaluate
+    data, how = recipe.data, recipe.evaluate
     picture = open_windows(path)
     ratio = data.size[0] / tiles.size
     found = predict_whole(
