@@ -2,16 +2,23 @@
 
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
+from distillkit.data.dota import DOTA_CLASSES
 from distillkit.models.gfl import gfl_r101
 from distillkit.recipe import bundled, load, slug
+from distillkit.training.check import check
+from distillkit.training.evaluate import evaluate_submission
 from distillkit.training.metrics import read
+from distillkit.training.predict import predict
 from distillkit.training.run import run
+from tests.dota_folder import make_dota
 
 pytestmark = pytest.mark.integration
 
@@ -40,12 +47,54 @@ def _run(name, tmp_path, *overrides):
 
 
 def test_each_recipe_is_run_here():
-    assert {p.stem for p in bundled()} == {"quickstart", "ld_coco", "ld_coco_mini", "ld_bccd"}
+    assert {p.stem for p in bundled()} == {
+        "quickstart", "quickstart_rotated", "ld_coco", "ld_coco_mini", "ld_bccd", "ld_dota",
+    }  # fmt: skip
 
 
 def test_quickstart(tmp_path):
     table = _run("quickstart", tmp_path, "data.train=64", "data.val=8", "data.test=8", "teacher.train.epochs=1")
     assert list(table) == ["teacher", "student", "distilled"]
+
+
+def test_quickstart_rotated(tmp_path):
+    few = ["data.train=64", "data.val=8", "data.test=8", "teacher.train.epochs=1"]
+    assert list(_run("quickstart_rotated", tmp_path, *few)) == ["teacher", "student", "distilled"]
+
+
+def test_ld_dota_from_raw_pictures_to_the_submission(tmp_path, data, monkeypatch):
+    """The paper's detectors and losses in full, for smaller pictures than the tiles that they are cut to."""
+    make_dota(data / "hit_uav", tmp_path / "data" / "dota", busy=2)
+    monkeypatch.setenv("DISTILLKIT_DATA", str(tmp_path / "data"))
+    small = ["data.size=256", "data.workers=2", "teacher.train.epochs=1"]
+    small += [f"{model}.{key}" for model in ("teacher", "student") for key in ("pretrained=false", "frozen_stages=0")]
+    recipe = load("ld_dota", [f"output={tmp_path / 'checked'}", *small, *ONE_EPOCH])
+    findings = {finding.where: finding for finding in check(recipe)}
+    assert [finding for finding in findings.values() if finding.level == "error"] == []
+    assert "tiles of 1 pictures" in findings["data.tiles"].what  # of val, said last
+
+    table = _run("ld_dota", tmp_path, *small, "evaluate.score=0")
+    assert list(table) == ["teacher", "student", "distilled"]
+    assert table["teacher"]["parameters"] > table["distilled"]["parameters"] > 20_000_000
+
+    run_folder = tmp_path / "ld_dota"
+    archive = run_folder / "distilled" / "Task1-val" / "submission.zip"
+    with zipfile.ZipFile(archive) as written:
+        assert sorted(written.namelist()) == sorted(f"Task1_{name}.txt" for name in DOTA_CLASSES["v1.0"])
+    recipe = load("ld_dota", [f"output={tmp_path}", *small, "evaluate.score=0", *ONE_EPOCH])
+    scores = json.loads((run_folder / "distilled" / "scores-val.json").read_text())
+    again = evaluate_submission(recipe, archive, "val")
+    assert again.numbers == pytest.approx({name: scores[name] for name in again.numbers}, abs=1e-4)
+
+    picture = tmp_path / "data" / "dota" / "train" / "images" / "P8000.png"
+    sure = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"most": 50})})
+    rows = predict(sure, "distilled", [picture], tmp_path / "found", "Task1")
+    assert len(rows) == 50
+    assert max(max(row["polygon"]) for row in rows) > 1024
+    with Image.open(tmp_path / "found" / "P8000.png") as drawn:
+        assert drawn.size == (4000, 4000)
+    lines = [p.read_text().splitlines() for p in (tmp_path / "found" / "Task1").glob("Task1_*.txt")]
+    assert sum(map(len, lines)) == 50
 
 
 def test_ld_bccd(tmp_path, data):
