@@ -1,0 +1,277 @@
+"""Whole runs on rotated boxes, and the verbs on what they leave: tiles, submission, scores, predictions, export."""
+
+import json
+import math
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+from distillkit.boxes.rotated import corners
+from distillkit.cli import app
+from distillkit.data.large import open_windows, overview
+from distillkit.data.scenes import Scenes
+from distillkit.recipe import RecipeError, load
+from distillkit.training import build
+from distillkit.training.check import check
+from distillkit.training.errors import RunError
+from distillkit.training.evaluate import evaluate, evaluate_submission
+from distillkit.training.export import export
+from distillkit.training.predict import predict
+from distillkit.training.run import run
+
+MODEL = "backbone: lcnet_035, channels: 16, convs: 1, strides: [8, 16, 32]"
+RECIPE = f"""
+name: turned
+task: rotated-detection
+data:
+  kind: dota
+  root: ROOT
+  classes: [even, odd]
+  tiles: {{size: 96, overlap: 32}}
+  size: 96
+  batch: 4
+  workers: 0
+  augment: {{flip: 0.25, flip_vertical: 0.25, flip_diagonal: 0.25}}
+  skip_empty: true
+teacher: {{kind: KIND, {MODEL}, bins: 12, train: {{epochs: 1}}}}
+student: {{kind: KIND, {MODEL}, bins: 12}}
+distillers:
+  - {{kind: ld, region: main}}
+  - {{kind: ld, region: valuable}}
+  - {{kind: logit-kd, region: main, protocol: sigmoid}}
+  - {{kind: feature-imitation, region: boxes}}
+train: {{epochs: 1, threads: 1, schedule: {{kind: cosine, warmup: 1}}}}
+evaluate: {{score: 0.0, most: 20, submission: Task1}}
+"""
+
+
+def folder_of_scenes(root, pictures=3, size=(160, 200)):
+    """A set in DOTA's layout: pictures larger than a tile, digits called even and odd."""
+    for split in ("train", "val"):
+        scenes = Scenes(pictures, size, 0, split, (2, 4), turn=60)
+        for folder in ("images", "labelTxt"):
+            (root / split / folder).mkdir(parents=True)
+        for i in range(pictures):
+            scene = scenes.scene(i)
+            Image.fromarray(scene.image).save(root / split / "images" / f"P{i}.png")
+            quads = corners(torch.from_numpy(scene.rotated_boxes).double()).flatten(1).tolist()
+            rows = [
+                f"{' '.join(f'{v:.2f}' for v in quad)} {('even', 'odd')[digit % 2]} {int(i == 1)}\n"
+                for quad, digit in zip(quads, scene.labels, strict=True)
+            ]
+            (root / split / "labelTxt" / f"P{i}.txt").write_text("imagesource:scenes\ngsd:1\n" + "".join(rows))
+    return root
+
+
+@pytest.fixture(scope="module", params=["rotated-gfl", "rotated-retina"])
+def done(request, tmp_path_factory):
+    """A recipe, and the folder of its run."""
+    folder = tmp_path_factory.mktemp(request.param)
+    folder_of_scenes(folder / "set")
+    text = RECIPE.replace("ROOT", str(folder / "set")).replace("KIND", request.param)
+    (folder / "turned.yaml").write_text(text)
+    recipe = load(folder / "turned.yaml", [f"output={folder}"])
+    return SimpleNamespace(recipe=recipe, folder=run(recipe, console=Console(quiet=True)), file=folder / "turned.yaml")
+
+
+def test_check_finds_nothing_wrong(done):
+    assert [f for f in check(done.recipe) if f.level == "error"] == []
+
+
+def test_a_run_leaves_pictures_a_table_and_submissions(done):
+    assert (done.folder / "report.html").read_text().count("data:image/png;base64,") == 4
+    rows = {row["row"]: row for row in json.loads((done.folder / "table.json").read_text())}
+    assert list(rows) == ["teacher", "student", "distilled"]
+    for row in rows:
+        with zipfile.ZipFile(done.folder / row / "Task1-val" / "submission.zip") as archive:
+            assert sorted(archive.namelist()) == ["Task1_even.txt", "Task1_odd.txt"]
+            lines = b"".join(map(archive.read, archive.namelist())).decode().splitlines()
+        assert {line.split()[0] for line in lines} == {"P0", "P1", "P2"}  # pictures, not tiles
+        assert len(lines) <= 3 * done.recipe.evaluate.most
+
+
+def test_the_pictures_are_judged_not_their_tiles(done):
+    scores = json.loads((done.folder / "student" / "scores-val.json").read_text())
+    there = [len(Scenes(3, (160, 200), 0, "val", (2, 4), turn=60).scene(i).labels) for i in (0, 2)]  # P1 is difficult
+    assert sum(row["boxes"] for row in scores["classes"].values()) == sum(there)
+
+
+def test_a_submission_has_the_scores_of_the_run(done):
+    scores = json.loads((done.folder / "student" / "scores-val.json").read_text())
+    written = done.folder / "student" / "Task1-val"
+    for path in (written, written / "submission.zip"):
+        again = evaluate_submission(done.recipe, path, "val").numbers
+        assert again == pytest.approx({name: scores[name] for name in again}, abs=1e-6)
+    assert evaluate(done.recipe, "student", "val").numbers == pytest.approx(again, abs=1e-6)
+
+
+def test_the_annotations_themselves_score_100_in_both_tasks(done, tmp_path):
+    from distillkit.evaluation.submission import write_submission
+
+    whole = build.build_data(done.recipe, "val", augmented=False).whole
+    found = [{**row, "scores": torch.ones(len(row["boxes"])), "scale": (1.0, 1.0)} for row in whole.truth()]
+    names = {record.image_id: record.path.stem for record in whole.records}
+    for task in ("Task1", "Task2"):
+        write_submission(tmp_path / task, found, names, whole.classes, task)
+        printed = CliRunner().invoke(app, ["eval", str(done.file), "--submission", str(tmp_path / task)])
+        assert printed.exit_code == 0, printed.output
+        assert "AP          100.0" in printed.output.replace("AP50", "")
+
+
+def test_a_submission_and_a_model_exclude_each_other(done):
+    printed = CliRunner().invoke(app, ["eval", str(done.file), "--submission", "x.zip", "--model", "student"])
+    assert printed.exit_code == 2
+    assert "not both" in printed.output
+
+
+def test_predict_writes_rotated_boxes_of_the_picture_and_a_submission(done, tmp_path):
+    seen = []
+    picture = done.file.parent / "set" / "val" / "images" / "P0.png"
+    rows = predict(done.recipe, "student", [picture], tmp_path, "Task1", lambda *said: seen.append(said))
+    assert rows == json.loads((tmp_path / "predictions.json").read_text())
+    assert seen[-1] == ("pictures", 1, 1)
+    assert ("P0.png", 6, 6) in seen  # tiles
+    lines = [p.read_text().splitlines() for p in sorted((tmp_path / "Task1").glob("Task1_*.txt"))]
+    assert 0 < sum(map(len, lines)) == len(rows) <= done.recipe.evaluate.most
+    for row in rows:
+        cx, cy, width, height, angle = row["rotated_bbox"]
+        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        around = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [width / 2, height / 2] @ turn.T + [cx, cy]
+        polygon = np.array(row["polygon"]).reshape(4, 2)
+        assert np.abs(np.sort(polygon, 0) - np.sort(around, 0)).max() < 1e-2
+        x, y, w, h = row["bbox"]
+        assert np.allclose([x, y, x + w, y + h], [*polygon.min(0), *polygon.max(0)], atol=1e-2)
+    # the same picture in the run: the same windows, the same boxes
+    written = (done.folder / "student" / "Task1-val").glob("Task1_*.txt")
+    of_run = sorted(line for p in written for line in p.read_text().splitlines() if line.startswith("P0 "))
+    mine = sorted(line for file in lines for line in file)
+    assert [line.split()[0] for line in mine] == [line.split()[0] for line in of_run]
+    first, second = (np.array([line.split()[1:] for line in both], float) for both in (mine, of_run))
+    assert np.abs(first[:, 0] - second[:, 0]).max() < 1e-4
+
+
+def test_predict_of_upright_boxes_has_no_submission(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    with pytest.raises(RunError, match="a submission is for rotated boxes"):
+        predict(load("quickstart"), None, [tmp_path / "a.png"], tmp_path / "out", "Task1")
+
+
+def test_export_agrees_and_says_how_to_decode(done, tmp_path):
+    differences = export(done.recipe, "student", tmp_path, ["safetensors", "torch-export", "onnx"], Console(quiet=True))
+    assert max(differences.values()) < 1e-3
+    how = json.loads((tmp_path / "decode.json").read_text())
+    student = build.build_model(done.recipe.student, 2, done.recipe.evaluate)
+    build.load_checkpoint(student, tmp_path / "student.safetensors")
+    student.eval()
+    image = torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(1))
+    student.inference = type(student.inference)(score=0.0, most=1)
+    (found,) = student([image])
+    session = onnxruntime.InferenceSession(str(tmp_path / "student.onnx"))
+    maps = session.run(None, {"pictures": image[None].numpy()})
+    box, label = (_decode_gfl if "anchors" not in how else _decode_retina)(maps, how)
+    ours = corners(found["boxes"][0].detach().double())
+    assert label == int(found["labels"][0])
+    # a box has two names (half a turn apart), so corners are compared as sets
+    distances = torch.cdist(corners(torch.tensor(box, dtype=torch.float64)), ours)
+    assert float(distances.min(1).values.max()) < 0.05
+
+
+def _best(maps, how, anchors=1):
+    levels = len(how["strides"])
+    level = max(range(levels), key=lambda i: maps[i].max())
+    channel, y, x = np.unravel_index(maps[level][0].argmax(), maps[level][0].shape)
+    anchor, label = divmod(int(channel), len(how["classes"]))
+    logits = maps[levels + level][0, :, y, x].reshape(anchors, 5, how["bins"])[anchor].astype(float)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    stride = how["strides"][level]
+    point = ((x + how["centre"]) * stride, (y + how["centre"]) * stride)
+    return p / p.sum(-1, keepdims=True), point, stride, anchor, label
+
+
+def _decode_gfl(maps, how):
+    """As decode.json says it."""
+    p, (px, py), stride, _, label = _best(maps, how)
+    bins = np.arange(how["bins"])
+    at = (bins / how["bins"] - 0.5) * math.pi
+    angle = 0.5 * math.atan2((p[4] * np.sin(2 * at)).sum(), (p[4] * np.cos(2 * at)).sum())
+    left, top, right, bottom = (p[:4] * bins * stride).sum(-1)
+    dx, dy = (right - left) / 2, (bottom - top) / 2
+    centre = (
+        px + dx * math.cos(angle) - dy * math.sin(angle),
+        py + dx * math.sin(angle) + dy * math.cos(angle),
+    )
+    return [*centre, left + right, top + bottom, angle], label
+
+
+def _decode_retina(maps, how):
+    """As decode.json says it."""
+    p, (px, py), stride, anchor, label = _best(maps, how, len(how["anchors"]))
+    dx, dy, dw, dh, angle = (p * np.array(how["support"])).sum(-1)
+    width, height = np.array(how["anchors"][anchor]) * stride
+    return [px + dx * width, py + dy * height, width * math.exp(dw), height * math.exp(dh), angle], label
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("data.size=[96,128]", r"data: size: tiles are square"),
+        ("data.tiles.overlap=96", "overlap: expected less than size"),
+        ("evaluate.submission=Task3", "Task1"),
+        ("student.angle=le91", "angle"),
+        ("student.kind=gfl", "kind"),
+        ("teacher.train=null", "has no trained weights"),
+        ("data.augment.flip=0.9", "flips? exclude|exclude each other"),
+        ("distillers.0.overlap=turned", "overlap"),
+        ("evaluate.split=test", r"data\.test is not given"),
+    ],
+)
+def test_mistakes_of_rotated_recipes_are_named(tmp_path, change, words):
+    (tmp_path / "turned.yaml").write_text(RECIPE.replace("ROOT", "x").replace("KIND", "rotated-retina"))
+    with pytest.raises(RecipeError, match=words):
+        load(tmp_path / "turned.yaml", [change])
+
+
+def test_a_submission_needs_pictures_with_names():
+    with pytest.raises(RecipeError, match="is for data of kind dota"):
+        load("quickstart_rotated", ["evaluate.submission=Task1"])
+    with pytest.raises(RunError, match="is scored on data of kind dota"):
+        evaluate_submission(load("quickstart_rotated"), "x.zip", "val")
+
+
+def test_the_tile_verb_cuts_and_goes_on(tmp_path):
+    root = folder_of_scenes(tmp_path / "set")
+    command = ["tile", str(root), "--out", str(tmp_path / "tiles"), "--classes", "even, odd", "--size", "96"]
+    command += ["--overlap", "32", "--split", "val", "--scales", "0.5,1"]
+    printed = CliRunner().invoke(app, command)
+    assert printed.exit_code == 0, printed.output
+    tiles = sorted((tmp_path / "tiles/val/images").iterdir())
+    assert f"{len(tiles)} tiles of 3 pictures" in printed.output.replace("\n", " ")
+    assert len(tiles) == 3 * (6 + 2)  # 3 x 2 windows of 96 in 200 x 160, 2 x 1 in half of it
+    before = [tile.stat().st_mtime_ns for tile in tiles]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert [tile.stat().st_mtime_ns for tile in tiles] == before
+    refused = CliRunner().invoke(app, [*command[:-1], "1"])
+    assert refused.exit_code == 2
+    assert "cut in another way" in refused.output.replace("\n", " ")
+    refused = CliRunner().invoke(app, [*command[:-1], "one"])
+    assert "expected numbers with commas between" in refused.output.replace("\n", " ")
+
+
+def test_an_overview_is_the_picture_made_smaller(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = np.repeat(np.repeat(rng.integers(0, 256, (300, 10, 3), dtype=np.uint8), 3, 0), 3, 1)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    picture = open_windows(tmp_path / "a.png")
+    small, factor = overview(picture, 300)
+    assert factor == 3
+    assert np.array_equal(small, pixels[::3, ::3])
+    same, factor = overview(picture, 900)
+    assert factor == 1
+    assert np.array_equal(same, pixels)
