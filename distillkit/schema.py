@@ -231,6 +231,8 @@ class _Pyramid(Strict):
     convs: Count = 4
     """Convolutions in each of the head's two towers."""
     strides: Annotated[list[Count], Field(min_length=1)] = [8, 16, 32, 64, 128]
+    """Pixels a cell, level by level. ATSS finds its positives by comparing levels: with two of them many small objects
+    have none; give three or more."""
     bins: Annotated[int, Field(ge=2)] = 17
     """Bins of each distribution."""
     pretrained: bool | str = False
