@@ -306,7 +306,7 @@ def tile(
 ) -> None:
     """Cut pictures in DOTA's layout into tiles; goes on where an earlier call stopped.
 
-    A recipe with data.tiles does the same by itself.
+    A recipe with data.tiles does the same by itself; to use these, it names them there as folder.
 
     Examples:
       distillkit tile /data/dota --out /data/tiles
@@ -316,6 +316,7 @@ def tile(
         from distillkit.data.dota import DOTA_CLASSES
         from distillkit.data.tile import tile as cut
         from distillkit.data.tiling import Tiling
+        from distillkit.training.folder import alone_in
 
         tiling = Tiling(size, overlap, tuple(_numbers(scales)))
         names = classes if classes in DOTA_CLASSES else [name.strip() for name in classes.split(",")]
@@ -326,7 +327,8 @@ def tile(
                 def progress(done: int, total: int, task: Any = task) -> None:
                     bar.update(task, completed=done, total=total)
 
-                there = cut(root, split, folder, names, tiling, not unlabelled, processes, progress)
+                with alone_in(folder):
+                    there = cut(root, split, folder, names, tiling, not unlabelled, processes, progress)
                 objects = "" if unlabelled else f", {there.objects} objects on them"
                 _say(out, f"{folder / split}: {there.tiles} tiles of {there.pictures} pictures{objects}")
 

@@ -157,7 +157,7 @@ class Tiles(Strict):
     scales: Annotated[list[Positive], Field(min_length=1)] = [1.0]
     """Pictures are cut at each of these sizes; 0.5: at half their size."""
     folder: str | None = None
-    """Where tiles are written; null: output/tiles/, in a folder named after root and the numbers above."""
+    """Where tiles are written; null: output/tiles/, in a folder named after root, classes and the numbers above."""
 
     @model_validator(mode="after")
     def _goes_on(self) -> Self:
@@ -379,7 +379,7 @@ class _FromTeacher(_Distiller):
 
 class _InRegion(_Distiller):
     region: Region = "main"
-    """Which anchors take part."""
+    """Which anchors take part; main are the positives of ATSS, whatever the detector itself chooses by."""
     gamma: Share = 0.25
     """Lower bound of the valuable region, as a share of the assigner's threshold."""
     measure: Literal["diou", "release", "iou"] = "diou"
@@ -427,6 +427,8 @@ class LogitKD(_InRegion, _FromTeacher):
 
     kind: Literal["logit-kd"]
     protocol: Literal["softmax", "sigmoid"] = "softmax"
+    anchor_weight: Literal["score", "iou", "one"] = "one"
+    """What each anchor's loss is multiplied by."""
     temperature: Annotated[float, Field(ge=1)] = 2.0
     weight: Weight = WeightSchedule(value=10.0)
     convention: Literal["default", "release"] = "default"
@@ -593,7 +595,7 @@ class RotatedEvaluate(Evaluate):
     iou: Share = 0.1
     """Overlap above which the weaker of two boxes of a class is dropped."""
     most: Count = 2000
-    """Boxes a picture."""
+    """Boxes a picture, or a tile."""
     submission: Literal["Task1", "Task2"] | None = None
     """Write the files of this task of DOTA, and their archive, from each row's boxes on the split."""
 

@@ -17,6 +17,7 @@ from distillkit.boxes.assign import atss
 from distillkit.boxes.distribution import decode, encode, integral, shift_bins
 from distillkit.boxes.iou import aligned_iou, pairwise_iou
 from distillkit.boxes.maps import Maps, Where, where_of
+from distillkit.core.views import ShiftedEdges
 
 GOLDEN = Path(__file__).parent / "golden"
 INTEGRAL = np.load(GOLDEN / "ld_integral_a.npz")
@@ -244,3 +245,16 @@ def test_an_anchor_of_two_objects_goes_to_the_one_it_overlaps_more() -> None:
     shared = (each[0].gt_index == 0) & (each[1].gt_index == 0)
     assert shared.any()
     torch.testing.assert_close(both.iou[shared], torch.stack([e.iou for e in each]).amax(0)[shared])
+
+
+def test_moved_distributions_are_moved_once_on_either_path() -> None:
+    """Gathered, and dense as on accelerators, where reading all of them has moved them already."""
+    logits = torch.randn(2, 4 * 8, 4, 3, generator=torch.Generator().manual_seed(0))
+    moved = ShiftedEdges((logits,), (4, 8), support=None, offset=0.5)
+    where, _ = where_of(torch.ones(2, 12), (12,), ((4, 3),))
+    plain = Maps((logits,), (4, 8)).all()
+    left_top, right_bottom = plain.split(2, -2)
+    want = torch.cat([shift_bins(left_top, None, 0.5), shift_bins(right_bottom, None, -0.5)], -2)
+    torch.testing.assert_close(moved.all(), want)
+    torch.testing.assert_close(moved.at(Where(None)), want.flatten(0, 1))
+    torch.testing.assert_close(moved.at(where), want.flatten(0, 1))

@@ -702,3 +702,54 @@ def test_bad_options_are_named():
         small("retina", angle="le180")
     with pytest.raises(ValueError, match="bins=2"):
         small("gfl", bins=2)
+
+
+def around_a_point(boxes: Tensor, angles: Tensor, strides: Tensor, points: Tensor, bins: int) -> Tensor:
+    """Sharp edge logits (N, 5, K) of boxes (N, 5) seen from points, in the frame turned by ``angles`` (N,)."""
+    frames = torch.cat([boxes[:, :4], angles[:, None]], 1)
+    distances = encode_turned(points, frames) / strides[:, None]
+    rows = distances[..., None] - torch.arange(bins)
+    apart = angles[:, None] / math.pi + 0.5 - torch.arange(bins) / bins
+    turns = (apart + 0.5).remainder(1) - 0.5  # the last bin and the first are neighbours
+    return torch.cat([-4 * rows**2, -4 * (turns * bins)[:, None] ** 2], 1)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["gathered", "dense"])
+def test_ld_does_not_care_which_frame_a_teacher_names_a_box_in(dense):
+    """A box at 89.9 degrees and itself at -89.9 are the same but for 0.2 degrees; its left is then called right."""
+    bins, stride, size = 16, 8, (64, 64)
+    points = grid_points([(8, 8)], [stride], 0.5, "cpu")
+    box = torch.tensor([[34.0, 30.0, 44.0, 20.0, math.pi / 2]])
+    boxes, strides = box.expand(64, 5), torch.full((64,), float(stride))
+    nearly = math.radians(89.9)
+
+    def view(angle, turned=True):
+        logits = around_a_point(boxes, torch.full((64,), angle), strides, points, bins)
+        edges = Maps((logits.flatten(1).T.reshape(1, -1, 8, 8),), (5, bins))
+        classes = Maps((torch.zeros(1, 2, 8, 8),), (2,))
+        return DenseDetections(classes, edges, (stride,), 0.5, turned=turned)
+
+    targets = BoxTargets([box], [torch.tensor([1])], [size])
+
+    def loss(student, teacher):
+        return LD(Valuable(), temperature=1, dense=dense)(student, teacher.match(student), targets).item()
+
+    same, other = loss(view(nearly), view(nearly - math.radians(0.2))), loss(view(nearly), view(-nearly))
+    assert same < 1e-2
+    assert other < 1e-2
+    assert loss(view(nearly, False), view(-nearly, False)) > 0.5  # read as it stands, the teacher's left is not left
+    assert abs(loss(view(-nearly), view(nearly)) - other) < 1e-3
+
+
+def test_the_adapter_of_rotated_gfl_says_that_its_distances_are_turned():
+    model = small("gfl", sure=True)
+    wrapped = distillkit.wrap(model, small("gfl", sure=True), [LD(Main())])
+    seen = []
+    ld = next(iter(wrapped.distillers.values())) if hasattr(wrapped, "distillers") else None
+    assert ld is not None
+    ld.register_forward_pre_hook(lambda _, given: seen.append(given))
+    images = [torch.rand(3, 64, 64)]
+    wrapped(images, [{"boxes": torch.tensor([[30.0, 30, 30, 20, 0.3]]), "labels": torch.tensor([1])}])
+    ((student, teacher, _),) = seen
+    assert student.turned
+    assert type(teacher.edges).__name__ == "FacingEdges"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distillkit.adapters.rotated import RotatedHead
 from distillkit.boxes.anchors import grid_points, grid_strides
 from distillkit.boxes.rotated_distribution import angle_bins
-from distillkit.core.views import DenseDetections
+from distillkit.core.views import DenseDetections, View
 from distillkit.models.rotated_gfl import RotatedGFL, decoded
 
 
@@ -34,6 +35,10 @@ class RotatedGFLHead(RotatedHead):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.support = torch.stack([torch.arange(self.bins, dtype=torch.float32)] * 4 + [angle_bins(self.bins)])
+
+    def view(self, model: nn.Module, kind: type[View], tensors: list[Tensor], output: Any) -> View:
+        view = super().view(model, kind, tensors, output)
+        return replace(view, turned=True) if isinstance(view, DenseDetections) else view
 
     def decoded(self, view: DenseDetections, centre: float) -> Tensor:
         assert view.edges is not None

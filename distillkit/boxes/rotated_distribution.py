@@ -37,12 +37,26 @@ def mean_angle(logits: Tensor) -> Tensor:
     Returns:
         (...,) radians in [-pi/2, pi/2].
     """
-    p = F.softmax(at_least_float32(logits), -1)
-    doubled = 2 * angle_bins(p.shape[-1], p.device).to(p.dtype)
-    sin, cos = (p * doubled.sin()).sum(-1), (p * doubled.cos()).sum(-1)
+    sin, cos = mean_direction(logits)
     y, x = sin.detach(), cos.detach()
     slope = (x * sin - y * cos) / (x * x + y * y).clamp(min=SHORTEST**2) / 2
     return torch.atan2(y, x) / 2 + slope - slope.detach()
+
+
+def mean_direction(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Sine and cosine of twice the angle, averaged over distributions (..., K) on ``angle_bins``: (...,) each. Their
+    vector is 1 long where the angle is certain, and 0 where all are as likely."""
+    p = F.softmax(at_least_float32(logits), -1)
+    doubled = 2 * angle_bins(p.shape[-1], p.device).to(p.dtype)
+    return (p * doubled.sin()).sum(-1), (p * doubled.cos()).sum(-1)
+
+
+def opposite_frames(student: Tensor, teacher: Tensor) -> Tensor:
+    """Whether two distributions of an angle (..., K) are nearer across the seam at a quarter turn, so that
+    their frames name opposite edges alike: bool (...,). False where the student says too little of the angle yet."""
+    sin, cos = mean_direction(student)
+    apart = mean_angle(teacher) - torch.atan2(sin, cos) / 2
+    return (apart.abs() > math.pi / 2) & (sin**2 + cos**2 > SHORTEST**2)
 
 
 def decode_turned(points: Tensor, distances: Tensor, angle: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distillkit.boxes.distribution import shift_bins
 from distillkit.boxes.maps import Maps, Where
+from distillkit.boxes.rotated_distribution import opposite_frames
 
 
 class View:
@@ -72,6 +73,8 @@ class DenseDetections(View):
         anchors: (N, 4) x1, y1, x2, y2 pixels of one picture's anchors, in the order level, y, x, anchor, for heads
             whose anchors are not one square a cell (RetinaNet); None: squares of side ``octave`` around the points.
         scores: class probabilities, same layout as ``classes``, where they are not ``sigmoid(classes)`` (GFLv2).
+        turned: the first four distances are measured in the frame that the fifth distribution, of an angle around half
+            a turn, turns (rotated GFL).
     """
 
     classes: Maps
@@ -82,6 +85,7 @@ class DenseDetections(View):
     octave: float = 8.0
     anchors: Tensor | None = None
     scores: Maps | None = None
+    turned: bool = False
 
     @property
     def bins(self) -> Tensor:
@@ -132,6 +136,8 @@ class DenseDetections(View):
                     f"and only 4 edges can be moved, not {edges.shape[0]}"
                 )
             edges = ShiftedEdges(edges.levels, edges.shape, edges.anchors, support=self.support, offset=offset)
+        if self.turned and edges and student.edges:
+            edges = FacingEdges(edges.levels, edges.shape, edges.anchors, student=student.edges)
         return replace(
             self,
             classes=classes,
@@ -150,7 +156,8 @@ class ShiftedEdges(Maps):
     offset: float = 0.0
 
     def at(self, where: Where) -> Tensor:
-        return self._moved(super().at(where))
+        rows = super().at(where)
+        return rows if where.dense else self._moved(rows)  # of all they are moved already
 
     def all(self) -> Tensor:
         return self._moved(super().all())
@@ -159,6 +166,35 @@ class ShiftedEdges(Maps):
         left_top, right_bottom = logits.split(2, -2)
         parts = (shift_bins(left_top, self.support, self.offset), shift_bins(right_bottom, self.support, -self.offset))
         return torch.cat(parts, -2)
+
+
+@dataclass(frozen=True)
+class FacingEdges(Maps):
+    """The teacher's distributions in that one of its boxes' two frames which is nearer to the student's.
+
+    A box is the same after half a turn, and its left is then called right, its top bottom. Beside the seam of the angle
+    a teacher at 89 degrees and a student at -89 mean nearly one box, and each other's opposite distances. The angle's
+    own distribution is the same in both frames.
+    """
+
+    student: Maps | None = None
+
+    def at(self, where: Where) -> Tensor:
+        assert self.student is not None
+        rows = super().at(where)
+        return rows if where.dense else _facing(rows, self.student.at(where))  # of all they are turned already
+
+    def all(self) -> Tensor:
+        assert self.student is not None
+        return _facing(super().all(), self.student.all())
+
+
+def _facing(teacher: Tensor, student: Tensor) -> Tensor:
+    """(..., 5, K) each."""
+    with torch.no_grad():
+        opposite = opposite_frames(student[..., 4, :], teacher[..., 4, :])
+    renamed = torch.cat([teacher[..., :4, :].roll(2, -2), teacher[..., 4:, :]], -2)
+    return torch.where(opposite[..., None, None], renamed, teacher)
 
 
 def _levels(maps: Maps, keep: list[int]) -> Maps:

@@ -78,9 +78,7 @@ def write_submission(
     hold (white space in a picture's, path separators in a class's), and labels that are no class.
     """
     folder = Path(folder).absolute()
-    for name in classes:
-        if not name or name != Path(name).name or "\\" in name or name in (".", ".."):
-            raise SubmissionError(f"class {name!r} cannot be part of a file's name; name it otherwise")
+    check_names(names, classes)
     _check_replaceable(folder)
     with _replaced(folder) as part:
         paths = [part / f"{task}_{name}.txt" for name in classes]
@@ -92,6 +90,18 @@ def write_submission(
             for path in paths:
                 archive.write(path, path.name)
     return folder / ARCHIVE
+
+
+def check_names(names: Mapping[int, str], classes: Sequence[str]) -> None:
+    """Raises SubmissionError for names that the format cannot hold, see ``write_submission``."""
+    for name in classes:
+        if not name or name != Path(name).name or "\\" in name or name in (".", ".."):
+            raise SubmissionError(f"class {name!r} cannot be part of a file's name; name it otherwise")
+    for id, name in names.items():
+        if not name or len(name.split()) != 1 or name.strip() != name:
+            raise SubmissionError(
+                f"image {id}: its name {name!r} is empty or has white space, which divides the fields"
+            )
 
 
 def read_submission(path: str | Path, names: Mapping[int, str], classes: Sequence[str]) -> Submission:
@@ -137,8 +147,6 @@ def _write_picture(
     name = names.get(id)
     if name is None:
         raise SubmissionError(f"image {id} is predicted, but has no name; give the names of all pictures")
-    if not name or len(name.split()) != 1 or name.strip() != name:
-        raise SubmissionError(f"image {id}: its name {name!r} is empty or has white space, which divides the fields")
     scale = torch.tensor(prediction["scale"], dtype=torch.float64)
     boxes = to_original(prediction["boxes"].detach().cpu(), scale)
     values = corners(boxes).reshape(-1, 8) if task == "Task1" else upright(boxes)

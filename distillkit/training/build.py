@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -110,8 +112,9 @@ def tiles_folder(recipe: Recipe, data: schema.DotaData, tiles: schema.Tiles) -> 
     """Where the tiles of a recipe's data are; runs that cut the same data in the same way share them."""
     if tiles.folder is not None:
         return Path(tiles.folder)
-    scales = "-".join(f"{scale:g}" for scale in tiles.scales)
-    return Path(recipe.output) / "tiles" / f"{Path(data.root).resolve().name}-{tiles.size}-{tiles.overlap}-{scales}"
+    root, scales = Path(data.root).resolve(), "-".join(f"{scale:g}" for scale in tiles.scales)
+    source = hashlib.sha256(json.dumps([str(root), data.classes]).encode()).hexdigest()[:8]
+    return Path(recipe.output) / "tiles" / f"{root.name}-{tiles.size}-{tiles.overlap}-{scales}-{source}"
 
 
 class Classes(NamedTuple):
@@ -280,6 +283,7 @@ def _distiller(config: schema.Distiller, recipe: Recipe, classes: int, calls: in
             temperature=config.temperature,
             weight=weight,
             protocol=config.protocol,
+            anchor_weight=config.anchor_weight,
             convention=config.convention,
             teacher=config.teacher,
             name=config.name,

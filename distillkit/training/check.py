@@ -26,7 +26,7 @@ from distillkit.evaluation.predict import predict_dataset
 from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint
 from distillkit.training.errors import RunError
-from distillkit.training.evaluate import Share, judged, whole
+from distillkit.training.evaluate import Share, check_submission, judged, whole
 from distillkit.training.loop import check_settings
 from distillkit.training.possible import (
     Planned,
@@ -109,7 +109,7 @@ def _annotated(recipe: Recipe, split: Any, progress: Progress | None) -> Generat
 
 def _tiles(recipe: Recipe, progress: Progress | None) -> Iterator[Finding]:
     try:
-        for split, cut in cut_tiles(recipe, progress).items():
+        for split, cut in cut_tiles(recipe, ["train", "val", recipe.evaluate.split], progress).items():
             what = f"{split}: {cut.tiles} tiles of {cut.pictures} pictures, with {cut.objects} objects"
             yield Finding("ok", "data.tiles", what)
     except Exception as error:
@@ -160,6 +160,11 @@ def _together(recipe: Recipe, data: Mapping[str, build.DetectionData]) -> Iterat
                 boxes(split, data[split])
             except Exception as error:
                 yield _failed(f"data.{split}", error)
+    if recipe.evaluate.split in data:
+        try:
+            check_submission(recipe, data[recipe.evaluate.split])  # type: ignore[arg-type]
+        except Exception as error:
+            yield _failed("evaluate.submission", error)
 
 
 def _models(recipe: Recipe, data: Mapping[str, build.DetectionData]) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from distillkit.data.tiled import TiledDota
 from distillkit.evaluation.coco import CocoResult, coco_metrics
 from distillkit.evaluation.predict import Progress, predict_dataset
 from distillkit.evaluation.rotated import RotatedResult, rotated_metrics
-from distillkit.evaluation.submission import Task, horizontal, read_submission, write_submission
+from distillkit.evaluation.submission import Task, check_names, horizontal, read_submission, write_submission
 from distillkit.evaluation.whole import merge_tiles
 from distillkit.schema import Recipe
 from distillkit.training import build
@@ -70,13 +70,19 @@ def predicted(
 def whole(recipe: Recipe, found: Sequence[dict[str, Any]], data: TiledDota) -> list[dict[str, Any]]:
     """Predictions on tiles as predictions on the pictures they were cut from."""
     ids = {record.path.stem: record.image_id for record in data.whole.records}
-    merged = merge_tiles(found, data.places, recipe.evaluate.iou, recipe.evaluate.most)
+    merged = merge_tiles(found, data.places, recipe.evaluate.iou)  # evaluate.most is of a tile, and done
     return [{**prediction, "image_id": ids[name]} for name, prediction in merged.items()]
 
 
 def submit(folder: Path, found: Sequence[dict[str, Any]], data: RotatedDetection, task: Task) -> Path:
     """Write predictions on a set in files as those of DOTA's tasks; the path of their archive."""
     return write_submission(folder, found, _names(data), data.classes, task)
+
+
+def check_submission(recipe: Recipe, data: RotatedDetection) -> None:
+    """Raises SubmissionError where a recipe asks for a submission, and the names of its data cannot stand in one."""
+    if getattr(recipe.evaluate, "submission", None):
+        check_names(_names(data), data.classes)
 
 
 def _names(data: RotatedDetection) -> dict[int, str]:
@@ -121,7 +127,7 @@ def evaluate(recipe: Recipe, model: str | None, split: Literal["train", "val", "
     Raises:
         RunError: no such model, or one without trained weights. CheckpointError: weights that do not fit.
     """
-    cut_tiles(recipe)
+    cut_tiles(recipe, [split])
     data = build.build_data(recipe, split, augmented=False)
     detector = named_model(recipe, model, len(data.classes))
     with ProgressBar(TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), transient=True) as bar:

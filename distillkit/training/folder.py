@@ -53,8 +53,8 @@ def alone_in(folder: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             file.seek(0)
             raise RunError(
-                f"{folder} is being worked in by the process {file.read().strip()}: wait for it or stop it, or give "
-                "this run another name, as in name=second"
+                f"{folder} is being worked in by the process {file.read().strip()}: wait for it or stop it, or "
+                "name another folder (of a run: name=second)"
             ) from None
         except OSError:  # a disk without locks
             pass

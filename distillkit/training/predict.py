@@ -127,7 +127,7 @@ def _found(recipe: Recipe, model: nn.Module, path: Path, progress: Progress | No
 
 def _found_in_windows(recipe: Recipe, tiles: Tiles, model: nn.Module, path: Path, progress: Progress | None) -> Found:
     """With windows of the size that the recipe's tiles have for the network, so that objects are as large for it."""
-    data, how = recipe.data, recipe.evaluate
+    data = recipe.data
     picture = open_windows(path)
     ratio = data.size[0] / tiles.size
     found = predict_whole(
@@ -138,9 +138,8 @@ def _found_in_windows(recipe: Recipe, tiles: Tiles, model: nn.Module, path: Path
         [scale * ratio for scale in tiles.scales],
         data.batch,
         processes().device,
-        how.iou,
-        how.most,
-        partial(progress, path.name) if progress is not None else None,
+        recipe.evaluate.iou,
+        progress=partial(progress, path.name) if progress is not None else None,
     )
     pixels, shrunk = overview(picture, DRAWN)
     return Found(Image.fromarray(pixels), shrunk, found["boxes"], found["scores"], found["labels"])

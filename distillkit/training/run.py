@@ -17,7 +17,7 @@ from distillkit import schema
 from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint
 from distillkit.training.errors import CheckpointError, RunError
-from distillkit.training.evaluate import judged, plain, predicted, score, submit
+from distillkit.training.evaluate import check_submission, judged, plain, predicted, score, submit
 from distillkit.training.folder import alone_in, changed_versions, check_owner, open_folder, versions
 from distillkit.training.loop import Job, check_settings, fit
 from distillkit.training.possible import check_judged, check_optimizer, check_taught, planned
@@ -103,7 +103,7 @@ class Jobs:
     def __init__(self, recipe: Recipe, folder: Path, console: Console, command: str):
         self.recipe, self.folder, self.console, self.command = recipe, folder, console, command
         with reading(console) as progress:
-            cut_tiles(recipe, progress)
+            cut_tiles(recipe, ["train", "val", recipe.evaluate.split], progress)
         self.val = build.build_data(recipe, "val", augmented=False)
         self.classes = len(self.val.classes)
         split = recipe.evaluate.split
@@ -135,6 +135,7 @@ class Jobs:
         if any(step.train.epochs for step in steps):
             check_taught("train", self.train)
         check_judged(self.recipe.evaluate.split, self.judged)
+        check_submission(self.recipe, self.judged)
         for step in steps:
             try:
                 check_settings(step.train, len(self.train), self.recipe.data.batch)
