@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 import zipfile
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from distillkit.boxes.merged import Merged
 from distillkit.boxes.rotated import corners
 from distillkit.cli import app
 from distillkit.data.large import open_windows, overview
+from distillkit.data.problems import DataError
 from distillkit.data.scenes import Scenes
 from distillkit.evaluation.submission import SubmissionError
 from distillkit.recipe import RecipeError, load
@@ -27,6 +30,7 @@ from distillkit.training.evaluate import evaluate, evaluate_submission
 from distillkit.training.export import export
 from distillkit.training.predict import predict
 from distillkit.training.run import run
+from distillkit.training.tiles import cut_tiles
 
 MODEL = "backbone: lcnet_035, channels: 16, convs: 1, strides: [8, 16, 32]"
 RECIPE = f"""
@@ -274,6 +278,49 @@ def test_names_that_no_submission_can_hold_are_found_before_the_training(tmp_pat
     with pytest.raises(SubmissionError, match=words):
         run(recipe, console=Console(quiet=True))
     assert not (tmp_path / "turned" / "teacher").exists()
+
+
+def test_tiles_of_other_pictures_or_classes_are_in_other_folders():
+    def folder(*overrides):
+        recipe = load("ld_dota", overrides)
+        return build.tiles_folder(recipe, recipe.data, recipe.data.tiles)
+
+    folders = [folder("data.root=/a/set"), folder("data.root=/b/set"), folder("data.root=/a/set", "data.classes=v1.5")]
+    assert len(set(folders)) == 3
+    assert folder("data.root=/a/set", "name=other") == folders[0]
+    assert str(folder("data.root=/a/set", "data.tiles.folder=mine")) == "mine"
+
+
+def test_only_what_a_run_reads_is_cut(tmp_path):
+    """Labels of a split that nobody asks for need not be there."""
+    root = folder_of_scenes(tmp_path / "set", 1)
+    (tmp_path / "turned.yaml").write_text(RECIPE.replace("ROOT", str(root)).replace("KIND", "rotated-gfl"))
+    recipe = load(tmp_path / "turned.yaml", [f"output={tmp_path}", "data.test=test"])
+    assert set(cut_tiles(recipe, ["train", "val", "val"])) == {"train", "val"}
+    with pytest.raises(DataError, match="test/images: no such folder"):
+        cut_tiles(recipe, ["test"])
+
+
+def test_two_processes_do_not_cut_into_one_folder(tmp_path):
+    root = folder_of_scenes(tmp_path / "set", 1)
+    (tmp_path / "turned.yaml").write_text(RECIPE.replace("ROOT", str(root)).replace("KIND", "rotated-gfl"))
+    recipe = load(tmp_path / "turned.yaml", [f"output={tmp_path}", f"data.tiles.folder={tmp_path / 'tiles'}"])
+    hold = (
+        "import sys, time, pathlib; from distillkit.training.folder import alone_in\n"
+        "with alone_in(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path / "tiles")]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=f"worked in by the process {holder.pid}: wait"):
+            cut_tiles(recipe, ["train"])
+        verb = ["tile", str(root), "--out", str(tmp_path / "tiles"), "--classes", "even,odd"]
+        assert f"process {holder.pid}" in CliRunner().invoke(app, verb).output.replace("\n", " ")
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert cut_tiles(recipe, ["train"])["train"].tiles == 6
 
 
 def test_the_tile_verb_cuts_and_goes_on(tmp_path):

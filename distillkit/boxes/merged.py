@@ -21,9 +21,8 @@ class Merged:
     The threshold is that of ATSS; there is no upper bound and no test of centres.
 
     Of rotated objects the release takes the boxes with the angle left out (``overlap="angle-free"``). Its region
-    depends on how an angle is written and lies across an object that stands upright. On the objects of HIT-UAV, cars
-    most of them, 20 % of its anchors of rotated RetinaNet overlap no object by 0.1; of the default, of the same size,
-    13 %.
+    depends on how an angle is written and lies across an object that stands upright: see
+    benchmarks/results/rotated_regions.md.
 
     Args:
         gamma: 0..1.

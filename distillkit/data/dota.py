@@ -127,7 +127,8 @@ def _label_folder(folder: Path, classes: str | Sequence[str]) -> Path:
 def _unmatched(pictures: dict[str, Path], labels: Path) -> list[Problem]:
     """Pictures without labels, and labels without a picture."""
     if not labels.is_dir():
-        return [Problem(str(labels), None, "no such folder", "correct root or split; labels are in split/labelTxt")]
+        remedy = "correct root or split; labels are in split/labelTxt. For pictures without labels: distillkit predict"
+        return [Problem(str(labels), None, "no such folder", remedy)]
     stems = {path.stem for path in labels.glob("*.txt")}
     problems = [
         Problem(
