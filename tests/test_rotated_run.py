@@ -280,6 +280,16 @@ def test_names_that_no_submission_can_hold_are_found_before_the_training(tmp_pat
     assert not (tmp_path / "turned" / "teacher").exists()
 
 
+def test_a_split_of_difficult_objects_alone_cannot_be_judged(tmp_path):
+    root = folder_of_scenes(tmp_path / "set", 1)
+    labels = root / "val" / "labelTxt" / "P0.txt"
+    labels.write_text(labels.read_text().replace(" 0\n", " 1\n"))
+    text = RECIPE.replace("ROOT", str(root)).replace("KIND", "rotated-gfl").replace("skip_empty", "teach_difficult")
+    (tmp_path / "turned.yaml").write_text(text)
+    with pytest.raises(RunError, match=r"data\.val is what models are judged on, and has no box to be found"):
+        run(load(tmp_path / "turned.yaml", [f"output={tmp_path}"]), console=Console(quiet=True))
+
+
 def test_tiles_of_other_pictures_or_classes_are_in_other_folders():
     def folder(*overrides):
         recipe = load("ld_dota", overrides)

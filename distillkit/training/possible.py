@@ -11,6 +11,7 @@ from torch import nn
 from distillkit import recipe as recipes
 from distillkit import schema
 from distillkit.data.detection import Pictures
+from distillkit.data.rotated import RotatedDetection
 from distillkit.schema import Recipe
 from distillkit.training import build
 from distillkit.training.errors import RunError
@@ -80,9 +81,9 @@ def _teaches(data: Any) -> bool:
 
 
 def _judges(data: Any) -> bool:
+    if isinstance(data, RotatedDetection) or not hasattr(data, "to_coco_json"):
+        return any(bool((~picture["difficult"]).any()) for picture in data.truth())
     if isinstance(data, Pictures):
         return data.usable_boxes > 0
-    if not hasattr(data, "to_coco_json"):
-        return any(bool((~picture["difficult"]).any()) for picture in data.truth())
     boxes = (a["bbox"] for a in data.to_coco_json()["annotations"] if not a.get("iscrowd"))
     return any(width > 0 and height > 0 for _, _, width, height in boxes)
