@@ -126,9 +126,11 @@ class Bench:
             f"`{self.command}`",
             f"On `{self.recipe.evaluate.split}`, in per cent: mean ± deviation over n seeds. {_made_on(lines)}",
             table(head, [[name, *_overall(of_row, compared[name])] for name, of_row in shown.items()]),
-            "AP of each class:",
-            table(["row", *classes], [[name, *_by_class(of_row, classes)] for name, of_row in shown.items()]),
         ]
+        for title, key in (("AP", "classes"), ("AP50", "classes50")):
+            if all(key in line for line in lines):
+                by_class = [[name, *_by_class(of_row, key, classes)] for name, of_row in shown.items()]
+                text += [f"{title} of each class:", table(["row", *classes], by_class)]
         self.path.with_suffix(".md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
 
     def _teacher_lines(self) -> dict[str, list[dict[str, Any]]]:
@@ -190,6 +192,7 @@ def measured(jobs: Jobs, name: str) -> dict[str, Any]:
     return {
         **{number: row[number] for number in NUMBERS},
         "classes": {of: numbers["ap"] for of, numbers in scores["classes"].items()},
+        "classes50": {of: numbers["ap50"] for of, numbers in scores["classes"].items()},
         "parameters": row["parameters"],
         "minutes": row["minutes"],
         "losses": last_losses(folder),
@@ -220,8 +223,8 @@ def _overall(lines: list[dict[str, Any]], first: list[dict[str, Any]]) -> list[s
     ]
 
 
-def _by_class(lines: list[dict[str, Any]], classes: list[str]) -> list[str]:
-    return [_spread([line["classes"][name] for line in lines]) for name in classes]
+def _by_class(lines: list[dict[str, Any]], key: str, classes: list[str]) -> list[str]:
+    return [_spread([line[key][name] for line in lines]) for name in classes]
 
 
 def _ratios(lines: list[dict[str, Any]]) -> str:
