@@ -178,6 +178,7 @@ def test_imported_packages(tiny):
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_imports_packages(tiny, verb):
     words = {"list": [], "predict": [tiny, "white.png"]}.get(verb, [tiny])
+    sys.modules.pop("my_package", None)  # another test's, of the same name
     Path("my_package.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
     call(verb, *words, "--import", "my_package", "--import", "gone")
     assert Path("imported").exists()
