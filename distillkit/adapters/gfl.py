@@ -12,6 +12,7 @@ from distillkit.boxes.maps import Maps
 from distillkit.core.taps import Place
 from distillkit.core.views import DenseDetections, View
 from distillkit.models.gfl import GFL
+from distillkit.models.rotated_gfl import RotatedGFL
 
 
 def gfl(model: GFL) -> DistributionHead:
@@ -20,15 +21,20 @@ def gfl(model: GFL) -> DistributionHead:
     ``Features`` are the pyramid's maps.
     """
     kind = GFLv2Head if model.head.quality else DistributionHead
-    return kind(
-        classes="head.gfl_cls",
-        edges="head.scales.*",
-        strides=model.strides,
-        bins=model.bins,
-        centre=model.centre,
-        octave=model.octave,
-        features=[f"neck[{i}]" for i in range(len(model.strides))],
-    )
+    return kind(**head_of(model))
+
+
+def head_of(model: GFL | RotatedGFL) -> dict[str, Any]:
+    """What a ``DistributionHead`` is told of these detectors, which have the same head."""
+    return {
+        "classes": "head.gfl_cls",
+        "edges": "head.scales.*",
+        "strides": model.strides,
+        "bins": model.bins,
+        "centre": model.centre,
+        "octave": model.octave,
+        "features": [f"neck[{i}]" for i in range(len(model.strides))],
+    }
 
 
 class GFLv2Head(DistributionHead):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distillkit.adapters.gfl import head_of
 from distillkit.adapters.rotated import RotatedHead
 from distillkit.boxes.anchors import grid_points, grid_strides
 from distillkit.boxes.rotated_distribution import angle_bins
@@ -17,16 +18,7 @@ from distillkit.models.rotated_gfl import RotatedGFL, decoded
 
 def rotated_gfl(model: RotatedGFL) -> RotatedGFLHead:
     """``Features`` are the pyramid's maps."""
-    return RotatedGFLHead(
-        classes="head.gfl_cls",
-        edges="head.scales.*",
-        strides=model.strides,
-        bins=model.bins,
-        centre=model.centre,
-        octave=model.octave,
-        features=[f"neck[{i}]" for i in range(len(model.strides))],
-        convention=model.angle,
-    )
+    return RotatedGFLHead(**head_of(model), convention=model.angle)
 
 
 class RotatedGFLHead(RotatedHead):

@@ -137,7 +137,7 @@ class DenseDetections(View):
                 )
             edges = ShiftedEdges(edges.levels, edges.shape, edges.anchors, support=self.support, offset=offset)
         if self.turned and edges and student.edges:
-            edges = FacingEdges(edges.levels, edges.shape, edges.anchors, student=student.edges)
+            edges = FacingEdges(edges.levels, edges.shape, edges.anchors, angle=_angles(student.edges))
         return replace(
             self,
             classes=classes,
@@ -175,24 +175,31 @@ class FacingEdges(Maps):
     A box is the same after half a turn, and its left is then called right, its top bottom. Beside the seam of the angle
     a teacher at 89 degrees and a student at -89 mean nearly one box, and each other's opposite distances. The angle's
     own distribution is the same in both frames.
+
+    angle: the student's, ``shape == (1, K)``.
     """
 
-    student: Maps | None = None
+    angle: Maps | None = None
 
     def at(self, where: Where) -> Tensor:
-        assert self.student is not None
+        assert self.angle is not None
         rows = super().at(where)
-        return rows if where.dense else _facing(rows, self.student.at(where))  # of all they are turned already
+        return rows if where.dense else _facing(rows, self.angle.at(where))  # of all they are turned already
 
     def all(self) -> Tensor:
-        assert self.student is not None
-        return _facing(super().all(), self.student.all())
+        assert self.angle is not None
+        return _facing(super().all(), self.angle.all())
 
 
-def _facing(teacher: Tensor, student: Tensor) -> Tensor:
-    """(..., 5, K) each."""
-    with torch.no_grad():
-        opposite = opposite_frames(student[..., 4, :], teacher[..., 4, :])
+def _angles(edges: Maps) -> Maps:
+    """The fifth of five distributions an anchor, without gradient."""
+    levels = tuple(m.detach().unflatten(1, (edges.anchors, *edges.shape))[:, :, 4:].flatten(1, 3) for m in edges.levels)
+    return Maps(levels, (1, edges.shape[-1]), edges.anchors)
+
+
+def _facing(teacher: Tensor, angle: Tensor) -> Tensor:
+    """Distributions (..., 5, K), and the student's angle (..., 1, K)."""
+    opposite = opposite_frames(angle[..., 0, :], teacher[..., 4, :].detach())
     renamed = torch.cat([teacher[..., :4, :].roll(2, -2), teacher[..., 4:, :]], -2)
     return torch.where(opposite[..., None, None], renamed, teacher)
 
