@@ -1,0 +1,206 @@
+"""`data`: the sets that a recipe may train on, and how their pictures change."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from distillkit.located import said
+from distillkit.schema.base import Count, Positive, Share, Strict
+
+
+def _square(value: Any) -> Any:
+    if not isinstance(value, int | list):
+        raise ValueError(f"expected one number or [height, width], got {said(value)}")
+    return [value, value] if isinstance(value, int) else value
+
+
+def _ordered(value: list[Any]) -> list[Any]:
+    if value[0] > value[1]:
+        raise ValueError(f"expected [low, high], got {value}")
+    return value
+
+
+Size = Annotated[
+    list[Count],
+    Field(min_length=2, max_length=2),
+    BeforeValidator(_square, json_schema_input_type=Count | list[Count]),
+]
+
+
+class Crop(Strict):
+    """A random window of the picture."""
+
+    min_scale: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Smallest side of the random crop, as a share of the picture's side."""
+
+
+class Augment(Strict):
+    """Random changes of training pictures, each drawn from (seed, epoch, index) alone."""
+
+    flip: Share = 0.5
+    """Probability of a left-right flip."""
+    flip_vertical: Share = 0.0
+    """Probability of an upside-down flip; of the three flips at most one is done."""
+    flip_diagonal: Share = 0.0
+    """Probability of both at once, half a turn."""
+    crop: Crop | None = None
+    multi_scale: Annotated[list[Positive], Field(min_length=2, max_length=2), AfterValidator(_ordered)] | None = None
+    """[low, high]: the picture is scaled by a factor drawn between the two."""
+    mosaic: Share = 0.0
+    """Probability of putting four pictures together."""
+    color: Share = 0.0
+    """Strength c of brightness, contrast and saturation: each is multiplied by a factor in [1 - c, 1 + c]."""
+
+
+class _Data(Strict):
+    size: Size = [320, 320]
+    """Network input in pixels: [height, width], or one number for both."""
+    keep_ratio: bool = False
+    """False: the picture is stretched to the size. True: it keeps its aspect, and the size bounds both of its sides."""
+    pad: bool = False
+    """With keep_ratio: fill up with black, right and below, to exactly the size."""
+    augment: Augment = Augment()
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Loader processes; 0 loads in the training process."""
+    batch: Count = 8
+    """Pictures a process and step."""
+
+    @model_validator(mode="after")
+    def _one_flip(self) -> Self:
+        a = self.augment
+        if a.flip + a.flip_vertical + a.flip_diagonal > 1:
+            raise ValueError("augment: flip, flip_vertical and flip_diagonal exclude each other: their sum is above 1")
+        return self
+
+    @model_validator(mode="after")
+    def _pads_what_keeps_its_ratio(self) -> _Data:
+        if self.pad and not self.keep_ratio:
+            raise ValueError("pad: true needs keep_ratio: true; a stretched picture leaves nothing to fill")
+        return self
+
+
+class CocoData(_Data):
+    """A detection set in COCO's JSON format."""
+
+    kind: Literal["coco"]
+    root: str
+    train: str = "annotations/train.json"
+    """Annotation file, relative to root."""
+    val: str = "annotations/val.json"
+    test: str | None = None
+    images: str = "images"
+    """Folder of the pictures, relative to root; `{split}` in it stands for train, val or test."""
+
+
+class VocData(_Data):
+    """A detection set in Pascal VOC's layout: JPEGImages, Annotations, ImageSets/Main."""
+
+    kind: Literal["voc"]
+    root: str
+    train: str = "train"
+    """Name of a list in ImageSets/Main."""
+    val: str = "val"
+    test: str | None = None
+    classes: list[str] | None = None
+    """Class names in label order; null: the 20 of Pascal VOC."""
+
+
+class SceneData(_Data):
+    """Scenes of real handwritten digits on crops of photographs, composed on the fly. Needs no files."""
+
+    kind: Literal["scenes"]
+    train: Count = 512
+    """Number of scenes."""
+    val: Count = 128
+    test: Count = 128
+    digits: Annotated[list[Count], Field(min_length=2, max_length=2), AfterValidator(_ordered)] = [1, 6]
+    """[fewest, most] digits a scene."""
+
+
+class CustomData(_Data):
+    """A data set that a package registered with `distillkit.register_data`."""
+
+    kind: Literal["custom"]
+    name: str
+    options: dict[str, Any] = {}
+
+
+Data = Annotated[CocoData | VocData | SceneData | CustomData, Field(discriminator="kind")]
+
+
+class Tiles(Strict):
+    """Pictures are cut into tiles, and what is found on the tiles of a picture is put together."""
+
+    size: Count = 1024
+    """Side of a tile in pixels."""
+    overlap: Annotated[int, Field(ge=0)] = 200
+    """Pixels that neighbouring tiles share."""
+    scales: Annotated[list[Positive], Field(min_length=1)] = [1.0]
+    """Pictures are cut at each of these sizes; 0.5: at half their size."""
+    folder: str | None = None
+    """Where tiles are written; null: output/tiles/, in a folder named after root, classes and the numbers above."""
+
+    @model_validator(mode="after")
+    def _goes_on(self) -> Self:
+        if self.overlap >= self.size:
+            raise ValueError(f"overlap: expected less than size ({self.size}), got {self.overlap}")
+        return self
+
+
+class _Rotated(_Data):
+    teach_difficult: bool = False
+    """Difficult objects are learned like the others, as in the published training on DOTA."""
+    skip_empty: bool = False
+    """Training leaves out pictures without objects, as in the published training on DOTA."""
+
+
+class DotaData(_Rotated):
+    """A rotated detection set in DOTA's layout: SPLIT/images and SPLIT/labelTxt."""
+
+    kind: Literal["dota"]
+    root: str
+    train: str = "train"
+    """Folder of the split, relative to root."""
+    val: str = "val"
+    test: str | None = None
+    classes: Literal["v1.0", "v1.5", "v2.0"] | list[str] = "v1.0"
+    """DOTA's own, or the set's class names in label order."""
+    tiles: Tiles | None = None
+    """Null: pictures are used as they are."""
+
+    @model_validator(mode="after")
+    def _tiles_are_square(self) -> Self:
+        if self.tiles is not None and self.size[0] != self.size[1]:
+            raise ValueError(f"size: tiles are square, and so is the network's input; got {self.size}")
+        return self
+
+
+class HrscData(_Rotated):
+    """HRSC2016: ships, in its XML files."""
+
+    kind: Literal["hrsc"]
+    root: str
+    train: str = "train"
+    """Name of a list in ImageSets."""
+    val: str = "val"
+    test: str | None = None
+
+
+class CocoRotatedData(_Rotated, CocoData):
+    """A COCO set whose polygons become the smallest rotated boxes around them."""
+
+    kind: Literal["coco"]
+
+
+class RotatedSceneData(SceneData):
+    """Scenes of real handwritten digits on crops of photographs, with rotated boxes. Needs no files."""
+
+    turn: Annotated[float, Field(ge=0, lt=90)] = 30
+    """Digits are turned by up to this many degrees either way."""
+
+
+RotatedData = Annotated[
+    DotaData | HrscData | CocoRotatedData | RotatedSceneData | CustomData, Field(discriminator="kind")
+]

@@ -1,0 +1,153 @@
+"""`distillers`: the methods, with the keys of each."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from distillkit.located import said
+from distillkit.schema.base import Decay, Share, Strict
+
+
+class WeightSchedule(Strict):
+    """A loss weight over the optimizer steps; a plain number in a recipe means `constant`."""
+
+    value: float
+    kind: Literal["constant", "warmup", "linear", "cosine", "until"] = "constant"
+    steps: Annotated[int, Field(ge=0)] = 0
+    end: float = 0.0
+
+    @model_validator(mode="after")
+    def _needs_steps(self) -> WeightSchedule:
+        if self.kind != "constant" and self.steps < 1:
+            raise ValueError(f"a weight of kind {self.kind!r} needs steps >= 1")
+        if self.kind == "constant" and (self.steps or self.end):
+            raise ValueError(
+                "steps and end are for a weight that changes: give its kind: warmup, linear, cosine or until"
+            )
+        return self
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, int | float):
+        return {"value": value}
+    if not isinstance(value, dict | WeightSchedule):
+        raise ValueError(f"expected a number, or a mapping with value, kind, steps and end; got {said(value)}")
+    return value
+
+
+Weight = Annotated[WeightSchedule, BeforeValidator(_constant, json_schema_input_type=float | WeightSchedule)]
+Region = Literal["main", "valuable", "main+valuable", "merged"]
+Paths = str | list[str]
+
+
+class _Distiller(Strict):
+    name: str | None = None
+    """Key of its loss in logs and tables; null: the kind, and the region too where several are of one kind."""
+
+
+class _FromTeacher(_Distiller):
+    teacher: str | None = None
+    """Which of `teachers` it learns from, where there are several."""
+
+
+class _InRegion(_Distiller):
+    region: Region = "main"
+    """Which anchors take part; main are the positives of ATSS, whatever the detector itself chooses by."""
+    gamma: Share = 0.25
+    """Lower bound of the valuable region, as a share of the assigner's threshold."""
+    measure: Literal["diou", "release", "iou"] = "diou"
+    """Overlap that bounds the valuable region; `release` is the published code's."""
+    overlap: Literal["rotated", "enclosing", "angle-free"] = "rotated"
+    """What of a rotated object anchors are compared with: itself, the upright box around it, or its box with the angle
+    left out, as the published code has it."""
+
+    @model_validator(mode="after")
+    def _main_has_no_bound(self) -> Self:
+        if self.region == "main" and (self.gamma, self.measure) != (0.25, "diou"):
+            raise ValueError("gamma and measure bound the valuable region, and region: main has none; leave them out")
+        if self.region == "merged" and self.measure != "diou":
+            raise ValueError("measure bounds the valuable region; region: merged is bounded by overlap alone")
+        return self
+
+
+class _LD(_InRegion):
+    temperature: Annotated[float, Field(ge=1)] = 10.0
+    weight: Weight = WeightSchedule(value=0.25)
+    anchor_weight: Literal["score", "iou", "one"] | None = None
+    """What each anchor's loss is multiplied by; null: score in the main region, IoU in the valuable one."""
+    convention: Literal["default", "release"] = "default"
+    """`release`: summed up as the published code does; the default keeps its strength at any batch size."""
+    bin_reduction: Literal["mean", "sum"] = "mean"
+    """Over the bins of an edge: `mean` as the published code, `sum` the textbook's KL, larger by the number of bins."""
+    normalize: Literal["images", "weight_sum", "num_pos", "none"] = "images"
+    """What the sum over anchors is divided by: a third of the images, the anchors' weights, their number, nothing."""
+
+    @model_validator(mode="after")
+    def _one_sum(self) -> Self:
+        if self.convention == "release" and self.normalize != "images":
+            raise ValueError(f"convention: release has its own sum; leave out normalize: {self.normalize}")
+        return self
+
+
+class LD(_LD, _FromTeacher):
+    """Localization distillation: the teacher's distribution over the place of every box edge."""
+
+    kind: Literal["ld"]
+
+
+class LogitKD(_InRegion, _FromTeacher):
+    """Class distillation on the logits."""
+
+    kind: Literal["logit-kd"]
+    protocol: Literal["softmax", "sigmoid"] = "softmax"
+    anchor_weight: Literal["score", "iou", "one"] = "one"
+    """What each anchor's loss is multiplied by."""
+    temperature: Annotated[float, Field(ge=1)] = 2.0
+    weight: Weight = WeightSchedule(value=10.0)
+    convention: Literal["default", "release"] = "default"
+
+
+class FeatureImitation(_FromTeacher):
+    """Mean squared difference of feature maps, with a projection where widths differ."""
+
+    kind: Literal["feature-imitation"]
+    region: Literal["whole", "boxes", "gi", "fine-grained"] = "whole"
+    """Which cells take part."""
+    weight: Weight = WeightSchedule(value=2.0)
+    convention: Literal["default", "release"] = "default"
+    student_at: Paths | None = None
+    """Module paths of the student's maps; null: the detector's pyramid."""
+    teacher_at: Paths | None = None
+
+
+class SelfLD(_LD):
+    """Localization distillation from the student's own average, or from an earlier checkpoint of it."""
+
+    kind: Literal["self-ld"]
+    source: Literal["ema", "checkpoint"] = "ema"
+    decay: Decay = 0.999
+    checkpoint: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> SelfLD:
+        if (self.source == "checkpoint") != (self.checkpoint is not None):
+            raise ValueError("source: checkpoint needs `checkpoint: FILE`, and only then may there be one")
+        if self.source == "checkpoint" and self.decay != 0.999:
+            raise ValueError("decay is for source: ema; an earlier checkpoint does not change: leave decay out")
+        return self
+
+
+class CustomDistiller(Strict):
+    """A distiller that a package registered with `distillkit.register_distiller`."""
+
+    kind: Literal["custom"]
+    name: str
+    """The registered name, and the key of its loss."""
+    teacher: str | None = None
+    weight: Weight = WeightSchedule(value=1.0)
+    options: dict[str, Any] = {}
+
+
+Distiller = Annotated[LD | LogitKD | FeatureImitation | SelfLD | CustomDistiller, Field(discriminator="kind")]

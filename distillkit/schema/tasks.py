@@ -1,0 +1,156 @@
+"""The recipe of each task: which blocks it has, how it is scored, and the rows that it compares."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import BeforeValidator, Field
+
+from distillkit.explain import blocks_in, nearest
+from distillkit.schema.base import Count, Share, Split, Strict
+from distillkit.schema.data import CocoData, CustomData, Data, DotaData, HrscData, RotatedData, SceneData, VocData
+from distillkit.schema.distillers import Distiller
+from distillkit.schema.models import (
+    CustomModel,
+    CustomTeacher,
+    GFLModel,
+    GFLTeacher,
+    Model,
+    NanoDetModel,
+    NanoDetTeacher,
+    RotatedGFLModel,
+    RotatedGFLTeacher,
+    RotatedModel,
+    RotatedRetinaModel,
+    RotatedRetinaTeacher,
+    RotatedTeacherModel,
+    TeacherModel,
+)
+from distillkit.schema.train import Train
+
+
+class Evaluate(Strict):
+    """What is kept of a detector's output when it is scored."""
+
+    split: Split = "val"
+    score: Share = 0.05
+    iou: Share = 0.6
+    """Overlap above which the weaker of two boxes of a class is dropped."""
+    most: Count = 100
+    """Boxes a picture."""
+
+
+class Row(Strict):
+    """One training run, and one row of the final table."""
+
+    row: Annotated[str, Field(min_length=1)]
+    distillers: Literal["all", "none"] | list[str] = "all"
+    """all, none, or names of distillers."""
+    student: dict[str, Any] = {}
+    """Keys of `student` that are different in this row."""
+    train: dict[str, Any] = {}
+    """Keys of `train` that are different in this row."""
+
+    WORDS: ClassVar[dict[str, str]] = {"student": "none", "distilled": "all"}
+
+
+def _worded(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value not in Row.WORDS:
+        raise ValueError(f"unknown row {value!r}{nearest(value, Row.WORDS)}; one of your own is {{row: {value}, ...}}")
+    return {"row": value, "distillers": Row.WORDS[value]}
+
+
+class RotatedEvaluate(Evaluate):
+    iou: Share = 0.1
+    """Overlap above which the weaker of two boxes of a class is dropped."""
+    most: Count = 2000
+    """Boxes a picture, or a tile."""
+    submission: Literal["Task1", "Task2"] | None = None
+    """Write the files of this task of DOTA, and their archive, from each row's boxes on the split."""
+
+
+class _Recipe(Strict):
+    """What runs of all tasks have; the blocks that are Any here are the task's own."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run folder; the file's name unless given."""
+    task: Any
+    seed: Annotated[int, Field(ge=0)] = 0
+    output: str = "runs"
+    """The run folder is output/name."""
+    data: Any
+    teacher: Any = None
+    teachers: Any = {}
+    """Several teachers by name, instead of `teacher`."""
+    student: Any
+    distillers: list[Distiller] = []
+    train: Train = Train()
+    evaluate: Any
+    compare: list[Annotated[Row, BeforeValidator(_worded, json_schema_input_type=str | Row)]] = [
+        Row(row="student", distillers="none"),
+        Row(row="distilled"),
+    ]
+    """Rows of the final table: `student`, `distilled`, or a row with its own settings."""
+
+
+class DetectionRecipe(_Recipe):
+    """A run for object detection."""
+
+    task: Literal["detection"] = "detection"
+    data: Data
+    teacher: TeacherModel | None = None
+    teachers: dict[str, TeacherModel] = {}
+    """Several teachers by name, instead of `teacher`."""
+    student: Model
+    evaluate: Evaluate = Evaluate()
+
+
+class RotatedRecipe(_Recipe):
+    """A run for the detection of rotated objects."""
+
+    task: Literal["rotated-detection"]
+    data: RotatedData
+    teacher: RotatedTeacherModel | None = None
+    teachers: dict[str, RotatedTeacherModel] = {}
+    """Several teachers by name, instead of `teacher`."""
+    student: RotatedModel
+    evaluate: RotatedEvaluate = RotatedEvaluate()
+
+
+#: One more task is one more class here.
+TASKS: dict[str, type[_Recipe]] = {"detection": DetectionRecipe, "rotated-detection": RotatedRecipe}
+Recipe = DetectionRecipe | RotatedRecipe
+
+
+def recipe_type(raw: dict[str, Any]) -> type[_Recipe]:
+    """The schema of a recipe, by its task; that of detection where the task is not known, whose words say so."""
+    return TASKS.get(str(raw.get("task", "detection")), DetectionRecipe)
+
+
+def block(recipe: Recipe | type[_Recipe], key: str) -> Any:
+    """The type of a recipe's block, as its task has it."""
+    kind = recipe if isinstance(recipe, type) else type(recipe)
+    field = kind.model_fields[key]
+    return (
+        Annotated[field.annotation, Field(discriminator=field.discriminator)]
+        if field.discriminator
+        else field.annotation
+    )
+
+
+def kinds(key: str) -> dict[str, tuple[str, list[str]]]:
+    """Of each kind that a block may have, by name: the first line of what is said of it, and the tasks that know it."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for task, recipe in TASKS.items():
+        for member in blocks_in(block(recipe, key)):
+            (kind,) = get_args(member.model_fields["kind"].annotation)
+            found.setdefault(kind, ((member.__doc__ or "").splitlines()[0], []))[1].append(task)
+    return found
+
+
+#: of any task
+AnyModel = GFLModel | NanoDetModel | RotatedGFLModel | RotatedRetinaModel | CustomModel
+AnyTeacher = GFLTeacher | NanoDetTeacher | RotatedGFLTeacher | RotatedRetinaTeacher | CustomTeacher
+AnyData = CocoData | VocData | SceneData | DotaData | HrscData | CustomData

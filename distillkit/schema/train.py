@@ -1,0 +1,89 @@
+"""`train`: the optimizer, its schedule, and the loop around them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from distillkit.schema.base import Count, Decay, NotNegative, Positive, Share, Strict
+
+
+class _Optimizer(Strict):
+    lr: Positive = 0.01
+    weight_decay: NotNegative = 1e-4
+    backbone_lr: NotNegative = 1.0
+    """Factor on the learning rate of the backbone."""
+    no_decay_norm: bool = True
+    """No weight decay on norms, biases and scales."""
+
+
+class SGD(_Optimizer):
+    """Stochastic gradient descent with momentum."""
+
+    kind: Literal["sgd"]
+    momentum: Decay = 0.9
+
+
+class AdamW(_Optimizer):
+    """Adam with decoupled weight decay."""
+
+    kind: Literal["adamw"]
+
+
+Optimizer = Annotated[SGD | AdamW, Field(discriminator="kind")]
+
+
+class _Schedule(Strict):
+    warmup: Annotated[int, Field(ge=0)] | None = None
+    """Optimizer steps over which the learning rate rises linearly; null: a tenth of all steps, at most 500."""
+    warmup_factor: Share = 0.001
+    """Factor at the first step."""
+
+
+class StepSchedule(_Schedule):
+    """The learning rate falls at given epochs."""
+
+    kind: Literal["step"]
+    milestones: list[Count] = [8, 11]
+    gamma: Share = 0.1
+
+
+class CosineSchedule(_Schedule):
+    """The learning rate falls along half a cosine."""
+
+    kind: Literal["cosine"]
+    min_factor: Share = 0.0
+
+
+class ConstantSchedule(_Schedule):
+    """The learning rate stays."""
+
+    kind: Literal["constant"]
+
+
+Schedule = Annotated[StepSchedule | CosineSchedule | ConstantSchedule, Field(discriminator="kind")]
+
+
+class Train(Strict):
+    """How a model is trained."""
+
+    epochs: Annotated[int, Field(ge=0)] = 12
+    """0: evaluated as it is."""
+    optimizer: Optimizer = SGD(kind="sgd")
+    schedule: Schedule = StepSchedule(kind="step")
+    clip: Positive | None = None
+    """Largest norm of the gradient."""
+    accumulate: Count = 1
+    """Batches an optimizer step."""
+    amp: Literal["no", "bf16", "fp16"] = "no"
+    ema: Decay | None = None
+    """Decay of the running average of the weights that is evaluated and saved; null: none."""
+    freeze_bn: bool = False
+    """BatchNorm statistics stay as loaded."""
+    evaluate_every: Count = 1
+    """Epochs between evaluations."""
+    save_every: Count = 50
+    """Optimizer steps between checkpoints; there is one at each epoch's end too."""
+    threads: Count | None = None
+    """CPU threads of torch; null: torch's own choice."""
