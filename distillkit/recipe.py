@@ -184,13 +184,27 @@ def _wrong_together(raw: dict[str, Any]) -> Iterator[Wrong]:
     yield from _wrong_rows(raw)
     if _at(raw, "evaluate", "submission") and _at(raw, "data", "kind") != "dota":
         yield ("evaluate", "submission"), "names pictures as DOTA does, and is for data of kind dota; leave it out"
+    if raw.get("task") == "classification":
+        yield from _wrong_classifying(raw)
     if raw.get("task", "detection") != "rotated-detection":
         for i, distiller in _mappings(raw.get("distillers")):
             if distiller.get("overlap", "rotated") != "rotated":
                 yield ("distillers", i, "overlap"), "is for rotated objects (task: rotated-detection); leave it out"
-    from_files = _at(raw, "data", "kind") in ("coco", "voc", "dota", "hrsc")
+    from_files = _at(raw, "data", "kind") in ("coco", "voc", "dota", "hrsc", "image-folder", "webdataset")
     if from_files and _at(raw, "evaluate", "split") == "test" and _at(raw, "data", "test") is None:
         yield ("evaluate", "split"), "is test, but data.test is not given"
+
+
+def _wrong_classifying(raw: dict[str, Any]) -> Iterator[Wrong]:
+    augment = _at(raw, "data", "augment") or {}
+    mixed = [key for key in ("mixup", "cutmix") if augment.get(key)]
+    for i, distiller in _mappings(raw.get("distillers")):
+        kind = distiller.get("kind")
+        if kind == "feature-imitation" and distiller.get("region", "whole") != "whole":
+            yield ("distillers", i, "region"), "is for detectors; of a classifier's maps the whole is imitated"
+        if mixed and kind in ("token-labeling", "dkd"):
+            why = "mixes tokens instead" if kind == "token-labeling" else "needs the one true class of a picture"
+            yield ("data", "augment", mixed[0]), f"mixes pictures, and {kind} {why}; leave {mixed[0]} out"
 
 
 def _wrong_distillers(raw: dict[str, Any]) -> Iterator[Wrong]:
@@ -203,6 +217,9 @@ def _wrong_distillers(raw: dict[str, Any]) -> Iterator[Wrong]:
         names.add(name)
         if distiller.get("kind") == "self-ld":
             continue
+        if distiller.get("source") in ("maps", "labels"):
+            yield from _wrong_untaught(raw, i, distiller)
+            continue
         teacher = distiller.get("teacher")
         if teacher is not None and teacher not in several:
             known = nearest(teacher, several) if several else "; the only teacher needs no name"
@@ -211,6 +228,14 @@ def _wrong_distillers(raw: dict[str, Any]) -> Iterator[Wrong]:
             yield ("distillers", i), f"which of the teachers {', '.join(several)}? give `teacher: NAME`"
         elif not several and raw.get("teacher") is None and distiller.get("kind") != "custom":
             yield ("distillers", i), "learns from a teacher, and the recipe has none; add the key teacher"
+
+
+def _wrong_untaught(raw: dict[str, Any], i: int, distiller: dict[str, Any]) -> Iterator[Wrong]:
+    """Of a distiller that learns from no teacher."""
+    if distiller["source"] == "maps" and _at(raw, "data", "label_maps") is None:
+        yield ("distillers", i, "source"), "is maps: give data.label_maps, a folder that `distillkit label` wrote"
+    if distiller.get("teacher") is not None:
+        yield ("distillers", i, "teacher"), f"is not asked where source is {distiller['source']}; leave one out"
 
 
 def _wrong_rows(raw: dict[str, Any]) -> Iterator[Wrong]:
@@ -231,6 +256,7 @@ def _wrong_rows(raw: dict[str, Any]) -> Iterator[Wrong]:
 def is_untrained(model: dict[str, Any]) -> bool:
     """Whether a block of a model, as it is written, comes with random weights. Of a custom one that cannot be told."""
     built = model.get("kind") in ("gfl", "rotated-gfl", "rotated-retina")
+    built = built or (model.get("kind") == "timm" and not model.get("pretrained"))
     return (built or model.get("weights") in ("new-head", "none")) and model.get("checkpoint") is None
 
 

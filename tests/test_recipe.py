@@ -101,7 +101,7 @@ def test_without_distillers_there_is_no_distilled_row(write):
             "kind: sgd",
             "kind: adamw, momentum: 0.9",
             "r.yaml:11: train.optimizer.momentum: unknown key; "
-            "expected one of: lr, weight_decay, backbone_lr, no_decay_norm, kind",
+            "expected one of: lr, weight_decay, backbone_lr, no_decay_norm, layer_decay, kind",
         ),
         (
             "region: valuable",

@@ -43,4 +43,8 @@ def adapter_for(model: nn.Module, fallback: Adapter | None = None) -> Adapter:
         from distillkit.adapters.rotated_retina import rotated_retina
 
         return rotated_retina(model)
-    return fallback or Adapter()
+    if fallback is None:
+        from distillkit.adapters.classifier import Classifier, is_classifier
+
+        return Classifier() if is_classifier(model) else Adapter()
+    return fallback

@@ -58,11 +58,15 @@ def check_distinct(what: str, names: Iterable[str]) -> None:
 
 def teachers_by_distiller(
     distillers: Sequence[Distiller], teachers: Mapping[str, object], default: str | None
-) -> dict[str, str]:
-    """Which teacher each distiller learns from, names of both; WrapError where that is not clear."""
+) -> dict[str, str | None]:
+    """Which teacher each distiller learns from, names of both; None: from the targets. WrapError if that is not clear.
+    """
     there = ", ".join(teachers) or "none"
-    uses = {}
+    uses: dict[str, str | None] = {}
     for distiller in distillers:
+        if distiller.taught_by_targets:
+            uses[distiller.name] = None
+            continue
         teacher = distiller.teacher or default
         if teacher is None:
             raise WrapError(
@@ -77,6 +81,24 @@ def teachers_by_distiller(
                 f"no distiller uses the teacher {name!r}: name it, as in LD(teacher={name!r}), or leave it out"
             )
     return uses
+
+
+def check_alone(distillers: Sequence[Distiller], changing: Mapping[str, object], criterion: object) -> None:
+    """Raise WrapError where one distiller changes what the student sees (``changing``: by name) and others look on."""
+    if not changing:
+        return
+    (name, *others), names = changing, [d.name for d in distillers]
+    beside = others or [other for other in names if other != name]
+    if beside:
+        raise WrapError(
+            f"distiller {name!r} mixes pictures inside the student (mix_token), so that {beside[0]!r} would compare a "
+            "mixture with a teacher's view of the pictures: leave one out, or set mix_token=False"
+        )
+    if criterion is not None:
+        raise WrapError(
+            f"distiller {name!r} mixes pictures inside the student (mix_token) and has the task's loss for mixtures: "
+            "leave out criterion=, or set mix_token=False"
+        )
 
 
 # ---- in a step

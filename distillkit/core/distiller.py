@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -29,6 +30,10 @@ class Distiller(nn.Module):
     #: module paths to read on either side; None: wherever the adapter says that view is
     student_at: str | list[str] | None = None
     teacher_at: str | list[str] | None = None
+    #: it learns from what comes with the targets (label maps): it has no teacher, and gets None for its view
+    taught_by_targets: bool = False
+    #: its loss holds the student's own task: ``wrap`` asks for no criterion
+    is_task: bool = False
 
     def __init__(self, weight: float | Weight = 1.0, teacher: str | None = None, name: str | None = None):
         super().__init__()
@@ -39,6 +44,13 @@ class Distiller(nn.Module):
     def own_teacher(self) -> Any:
         """The teacher that it brings along (self-distillation): a ``Teacher``, an ``EMATeacher`` or None."""
         return None
+
+    def changes(self, student: nn.Module) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """What it does in a training step to the outputs of the student's modules, by path (MixToken).
+
+        What the student predicts is then of changed inputs: ``wrap`` refuses a criterion and other distillers beside
+        it."""
+        return {}
 
     def prepare(self, student_widths: list[int] | None, teacher_widths: list[int] | None) -> None:
         """Called once by ``wrap`` with the channel numbers of the tapped places, None where they cannot be known before

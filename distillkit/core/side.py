@@ -93,12 +93,12 @@ def readings(distiller: Distiller, role: str) -> list[Reading]:
     return [Reading(kind, at if i == 0 else None) for i, kind in enumerate(kinds)]
 
 
-def prepare(distiller: Distiller, student: Side, teacher: Side) -> None:
+def prepare(distiller: Distiller, student: Side, teacher: Side | None) -> None:
     """Tell a distiller how wide what it reads is."""
 
-    def widths(side: Side, role: str) -> list[int] | None:
+    def widths(side: Side | None, role: str) -> list[int] | None:
         first = readings(distiller, role)[0]
-        return side.adapter.widths(side.model, first.kind, first.at)
+        return side.adapter.widths(side.model, first.kind, first.at) if side else None
 
     try:
         distiller.prepare(widths(student, "student"), widths(teacher, "teacher"))

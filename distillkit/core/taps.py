@@ -1,4 +1,4 @@
-"""Taps: read-only forward hooks on module paths.
+"""Taps: read-only forward hooks on module paths; and the few hooks that change what the student computes.
 
 A path is a dotted module name with optional parts:
 ``layer4``; ``head.scales.*`` (``*`` stands for one name, the modules in natural order); ``conv_77[80:]`` (channels of a
@@ -11,7 +11,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ class TappedHooks(OrderedDict[int, Callable[..., Any]]):
 
     def users(self) -> list[tuple[int, Callable[..., Any]]]:
         """The user's own hooks: those from before the module was tapped, and those added since."""
-        since = [(key, hook) for key, hook in self.items() if not isinstance(hook, _Hook | _Forwarded)]
+        since = [(key, hook) for key, hook in self.items() if not isinstance(hook, _Hook | _Change | _Forwarded)]
         return [*self.untapped.items(), *since]
 
 
@@ -77,7 +78,71 @@ class _Hook:
         self.taps.take(self.name, output)
 
 
-class Taps:
+class _Change:
+    def __init__(self, changes: Changes, function: Change):
+        self.changes, self.function = changes, function
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self.function(output) if self.changes.active else None
+
+
+Change = Callable[[Tensor], Tensor]
+
+
+class _Hooked:
+    """Hooks of ours on some modules of a model, one a module."""
+
+    def _put(self, modules: Mapping[str, nn.Module], hooks: Mapping[str, _Hook | _Change]) -> None:
+        self._modules = dict(modules)
+        for name, module in self._modules.items():
+            there = module._forward_hooks
+            if not isinstance(there, TappedHooks):
+                there = module._forward_hooks = TappedHooks(there)
+            there[id(self)] = hooks[name]
+
+    def remove(self) -> None:
+        for module in self._modules.values():
+            hooks = module._forward_hooks
+            if not isinstance(hooks, TappedHooks):
+                continue
+            hooks.pop(id(self), None)
+            for key in [k for k, hook in hooks.items() if isinstance(hook, _Forwarded) and k not in hooks.untapped]:
+                del hooks[key]  # the user removed what it forwarded to
+            if all(isinstance(hook, _Forwarded) for hook in hooks.values()):
+                module._forward_hooks = hooks.untapped
+        self._modules = {}
+
+
+class Changes(_Hooked):
+    """What distillers do to the outputs of a student's modules, while ``active``: MixToken.
+
+    Made before the taps, which then read what the student reads.
+
+    Args:
+        model: the student.
+        functions: by module path.
+
+    Raises:
+        TapError: a path that names no module.
+    """
+
+    def __init__(self, model: nn.Module, functions: Mapping[str, Change]):
+        self.active = False
+        names = {_plain(name): module for name, module in model.named_modules()}
+        found = {path: _resolve(path, names, "student")[0] for path in functions}
+        modules = {name: names[name] for name in found.values()}
+        self._put(modules, {found[path]: _Change(self, function) for path, function in functions.items()})
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
+
+
+class Taps(_Hooked):
     """All taps on one model.
 
     Args:
@@ -97,7 +162,7 @@ class Taps:
         self.caught: dict[str, list[Any]] = {}
         self.left = 0
         self.expected: dict[str, int] = {}
-        self._modules: dict[str, nn.Module] = {}
+        modules: dict[str, nn.Module] = {}
         names = {_plain(name): module for name, module in model.named_modules()}
         for place in places:
             for path in place.paths:
@@ -107,13 +172,9 @@ class Taps:
                             f"{role}: two views expect {name!r} to run {self.expected[name]} and {place.fires} times "
                             "in one forward"
                         )
-                    self._modules[name] = names[name]
+                    modules[name] = names[name]
         self.total = sum(self.expected.values())
-        for name, module in self._modules.items():
-            hooks = module._forward_hooks
-            if not isinstance(hooks, TappedHooks):
-                hooks = module._forward_hooks = TappedHooks(hooks)
-            hooks[id(self)] = _Hook(self, name)
+        self._put(modules, {name: _Hook(self, name) for name in modules})
 
     def start(self, exit_early: bool = False) -> None:
         """Record from now on; with ``exit_early`` raise ``AllTapsFired`` once all have fired as often as declared."""
@@ -144,18 +205,6 @@ class Taps:
                     raise TapError(_miscount(self.role, name, len(fired), place.fires))
                 tensors += [pick(output, name) for output in fired]
         return tensors
-
-    def remove(self) -> None:
-        for module in self._modules.values():
-            hooks = module._forward_hooks
-            if not isinstance(hooks, TappedHooks):
-                continue
-            hooks.pop(id(self), None)
-            for key in [k for k, hook in hooks.items() if isinstance(hook, _Forwarded) and k not in hooks.untapped]:
-                del hooks[key]  # the user removed what it forwarded to
-            if all(isinstance(hook, _Forwarded) for hook in hooks.values()):
-                module._forward_hooks = hooks.untapped
-        self._modules = {}
 
 
 def is_tapped(module: nn.Module) -> bool:

@@ -59,6 +59,29 @@ class Features(View):
 
 
 @dataclass(frozen=True)
+class TokenLogits(View):
+    """What a classifier says of a picture, and of each of its tokens.
+
+    Args:
+        classes: (B, C) of the whole picture; None where it was not computed (a teacher that is read for its tokens).
+        tokens: (B, N, C), row by row.
+        grid: (height, width) with height * width == N.
+    """
+
+    classes: Tensor | None
+    tokens: Tensor
+    grid: tuple[int, int]
+
+    def match(self, student: TokenLogits) -> TokenLogits:
+        if self.tokens.shape[-1] != student.tokens.shape[-1]:
+            raise ValueError(
+                f"the teacher has {self.tokens.shape[-1]} classes, the student {student.tokens.shape[-1]}; both need "
+                "the same classes in the same order"
+            )
+        return self
+
+
+@dataclass(frozen=True)
 class DenseDetections(View):
     """What a dense detector says of every anchor, kept per level as the head made it.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from distillkit.core.adapter import Adapter, input_name
 from distillkit.core.checks import (
+    check_alone,
     check_distinct,
     check_reaches,
     key_of,
@@ -32,7 +33,7 @@ from distillkit.core.distiller import Distiller
 from distillkit.core.errors import NonFiniteLossError, StudentModeError, ViewError, WrapError
 from distillkit.core.result import OUTPUT, Losses
 from distillkit.core.side import Reading, Side, prepare, readings
-from distillkit.core.taps import Taps
+from distillkit.core.taps import Changes, Taps
 from distillkit.core.teacher import EMATeacher, Teacher, renormalisation, update_average
 from distillkit.core.views import View
 from distillkit.losses.reduce import mean_over_ranks
@@ -70,6 +71,8 @@ class DistilledModel(nn.Module):
         self._named = [(d.name, d) for d in distillers]
         self._uses = teachers_by_distiller(distillers, teachers, default_teacher)
         self._adapter = adapter
+        # else the wrapper is called with the targets last, and keeps them from the student
+        self._student_takes_targets = criterion is None and not any(d.is_task for d in distillers)
         self._decays = {name: t.decay for name, t in teachers.items() if isinstance(t, EMATeacher)}
         # frozen teachers stand outside the module tree: parameters, state_dict, DDP and checkpoints never see them
         self._frozen = {name: t for name, t in teachers.items() if isinstance(t, Teacher)}
@@ -103,12 +106,17 @@ class DistilledModel(nn.Module):
         self._first_bad: list[Tensor] = []  # one tensor, in a list to stand outside the module tree
         _wrappers[student] = weakref.ref(self)
         sides = (self._student_side, *self._teacher_sides.values())
-        self._untap = weakref.finalize(self, _remove, [side.taps for side in sides])  # also when it is thrown away
+        hooked: list[Changes | Taps] = [self._changes, *(side.taps for side in sides)]
+        self._untap = weakref.finalize(self, _remove, hooked)  # also when it is thrown away
         self._untap.atexit = False
 
     def _tap(self) -> None:
         """Put the taps on all models and let the distillers prepare for what they read; a failure leaves no tap."""
         with ExitStack() as undo:
+            changing = {name: made for name, d in self._named if (made := d.changes(self.student))}
+            check_alone([d for _, d in self._named], changing, self.criterion)
+            self._changes = Changes(self.student, {path: f for made in changing.values() for path, f in made.items()})
+            undo.callback(self._changes.remove)
             read = [r for _, d in self._named for r in readings(d, "student")]
             self._student_side = Side("student", self.student, self._adapter, read)
             undo.callback(self._student_side.taps.remove)
@@ -118,7 +126,7 @@ class DistilledModel(nn.Module):
                 self._teacher_sides[name] = side = Side(name, model, its_adapter, read)
                 undo.callback(side.taps.remove)
             for name, distiller in self._named:
-                prepare(distiller, self._student_side, self._teacher_sides[self._uses[name]])
+                prepare(distiller, self._student_side, self._teacher_sides.get(self._uses[name] or ""))
             undo.pop_all()
 
     def _teacher_models(self) -> list[tuple[str, nn.Module, Adapter]]:
@@ -156,13 +164,14 @@ class DistilledModel(nn.Module):
             for name, side in self._teacher_sides.items()
             if any(self._uses[distiller] == name for distiller in acting)
         }
-        output, views = self._student_side.run(args, kwargs, exit_early=False)
+        with self._changes.on():
+            output, views = self._student_side.run(args, kwargs, exit_early=False)
         targets = self._adapter.targets(args, kwargs, given)
         losses = self._task_losses(output, given, targets)
         with torch.autocast(self.step.device.type, enabled=False):  # small differences need float32
             for name, distiller in self._named:
                 if name in acting:
-                    losses[name] = self._distill(name, distiller, views, taught[self._uses[name]], targets, call)
+                    losses[name] = self._distill(name, distiller, views, taught, targets, call)
                 else:
                     losses[name] = self._nothing_from(distiller)
         if not losses:
@@ -196,24 +205,26 @@ class DistilledModel(nn.Module):
     def _split_targets(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-        """With a criterion the student takes no targets: they are the last argument of the call."""
-        if self.criterion is None:
+        """Unless the student takes them itself, targets are the last argument of the call."""
+        if self._student_takes_targets:
             return args, kwargs, None
         if "targets" in kwargs:
             return args, {k: v for k, v in kwargs.items() if k != "targets"}, kwargs["targets"]
         if len(args) < 2:
             raise TypeError(
-                "a wrapped model with a criterion is called with the student's arguments and then the targets: "
-                "model(x, targets)"
+                "a wrapped model whose student computes no loss is called with the student's arguments and then the "
+                "targets: model(x, targets)"
             )
         return args[:-1], kwargs, args[-1]
 
     def _task_losses(self, output: Any, given: Any, targets: Any) -> dict[str, Tensor]:
         """By name. given: the targets that the criterion gets; targets: those of the call, whoever gets them."""
-        if self.criterion is None:
+        if self._student_takes_targets:
             losses = self._adapter.losses(output)
             if not losses and targets is not None:
                 raise no_task_loss(output)
+        elif self.criterion is None:
+            losses = {}  # a distiller has the task's loss
         else:
             loss = self.criterion(output, given)
             losses = dict(loss) if isinstance(loss, Mapping) else {"task": loss}
@@ -232,8 +243,8 @@ class DistilledModel(nn.Module):
     def _without_targets(
         self, side: Side, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A model's call in eval mode; where there is a criterion the targets are gone already."""
-        return side.adapter.without_targets(args, kwargs) if self.criterion is None else (args, kwargs)
+        """A model's call in eval mode; where the student takes no targets they are gone already."""
+        return side.adapter.without_targets(args, kwargs) if self._student_takes_targets else (args, kwargs)
 
     def _precision(self, name: str) -> AbstractContextManager[Any]:
         """A teacher that has its own dtype runs outside of the loop's autocast."""
@@ -272,22 +283,23 @@ class DistilledModel(nn.Module):
         name: str,
         distiller: Distiller,
         views: dict[Reading, View],
-        taught: dict[Reading, View],
+        taught: dict[str, dict[Reading, View]],
         targets: Any,
         call: Any,
     ) -> Tensor:
         """The weighted loss of one distiller."""
         check = not (self._checked or torch.compiler.is_compiling())
+        uses = self._uses[name]
         student = [views[r] for r in readings(distiller, "student")]
-        teacher = [taught[r] for r in readings(distiller, "teacher")]
-        if check:
-            self._tell_unmatched(self._uses[name], student, teacher)
+        teacher = [taught[uses][r] for r in readings(distiller, "teacher")] if uses is not None else []
+        if check and uses is not None:
+            self._tell_unmatched(uses, student, teacher)
         try:
-            teacher = [t.match(s) for t, s in zip(teacher, student, strict=True)]
+            teacher = [t.match(s) for t, s in zip(teacher, student, strict=True)] if uses is not None else []
             if isinstance(distiller.reads, tuple):
-                loss = distiller(tuple(student), tuple(teacher), targets)
+                loss = distiller(tuple(student), tuple(teacher) or None, targets)
             else:
-                loss = distiller(student[0], teacher[0], targets)
+                loss = distiller(student[0], teacher[0] if teacher else None, targets)
         except ValueError as error:
             raise ViewError(f"distiller {name!r}: {error}") from error
         except AttributeError as error:
@@ -427,9 +439,9 @@ def _claim(student: nn.Module) -> None:
     wrapper.unwrap()
 
 
-def _remove(taps: Iterable[Taps]) -> None:
-    for tap in taps:
-        tap.remove()
+def _remove(hooked: Iterable[Changes | Taps]) -> None:
+    for hooks in hooked:
+        hooks.remove()
 
 
 def _follow_loaded_step(model: DistilledModel, incompatible: object) -> None:

@@ -44,10 +44,40 @@ def backbone(name: str, strides: Sequence[int], pretrained: bool | str | Path = 
         with _only_errors_of(logging.getLogger("timm.models._builder")):  # ours say which names do not fit
             return _cut_off(timm.create_model(name, **options))
     except OSError as error:
-        raise ConnectionError(
-            f"backbone {name!r}: timm could not fetch its pretrained weights ({type(error).__name__}). Without a "
-            f"connection, set pretrained to the path of a weights file, or to False for random weights"
-        ) from error
+        raise _unfetched(f"backbone {name!r}", error) from error
+
+
+def classifier(name: str, classes: int, pretrained: bool | str | Path = False, **options: Any) -> nn.Module:
+    """A classifier of timm, those of distillkit among them.
+
+    Args:
+        pretrained: as for ``backbone``. The last layer's weights are taken too where the file has as many classes.
+        options: what else ``timm.create_model`` takes.
+
+    Raises: as ``backbone``; ValueError also for options that the model does not take.
+    """
+    from distillkit.models import classifiers  # noqa: F401  (registers them)
+
+    if not timm.is_model(name):
+        raise ValueError(f"model {name!r} is none of timm's; timm.list_models('*{name[:6]}*') lists similar names")
+    if pretrained and pretrained is not True:
+        found = _weights(name, pretrained, whole=True)
+        known = next((len(value) for key, value in found.items() if key.startswith(_heads(name))), 0)
+        options["pretrained_cfg_overlay"] = {"state_dict": found, "num_classes": known}
+    try:
+        with _only_errors_of(logging.getLogger("timm.models._builder")):
+            return timm.create_model(name, bool(pretrained), num_classes=classes, **options)
+    except OSError as error:
+        raise _unfetched(f"model {name!r}", error) from error
+    except TypeError as error:
+        raise ValueError(f"model {name!r} cannot be built with {', '.join(options)}: {error}") from error
+
+
+def _unfetched(what: str, error: OSError) -> ConnectionError:
+    return ConnectionError(
+        f"{what}: timm could not fetch its pretrained weights ({type(error).__name__}). Without a connection, set "
+        "pretrained to the path of a weights file, or to False for random weights"
+    )
 
 
 def _cut_off(features: Any) -> Any:
@@ -91,20 +121,26 @@ def _levels_of(name: str, strides: Sequence[int]) -> tuple[int, ...]:
     return tuple(chosen)
 
 
-def _weights(name: str, source: str | Path) -> dict[str, Tensor]:
-    """The weights in ``source`` under timm's names, without the classifier, checked for completeness."""
+def _weights(name: str, source: str | Path, whole: bool = False) -> dict[str, Tensor]:
+    """The weights in ``source`` under timm's names, checked for completeness; the classifier's only if ``whole``."""
     with torch.device("meta"):
-        whole: Any = timm.create_model(name)
-    classifier = whole.pretrained_cfg.get("classifier") or ()
-    heads = tuple(f"{c}." for c in ((classifier,) if isinstance(classifier, str) else classifier))
-    wanted = whole.state_dict()
+        wanted = timm.create_model(name).state_dict()
     found = _wheel(name, wanted) if str(source) == LITE0_WHEEL else read_weights(source)
     for key, value in wanted.items():  # files older than torch 0.4.1 lack these counters
         if key.endswith("num_batches_tracked"):
             found.setdefault(key, torch.zeros(value.shape, dtype=value.dtype))
-    wanted, found = ({k: v for k, v in d.items() if not k.startswith(heads)} for d in (wanted, found))
-    explain_mismatch(source, wanted, found)
-    return found
+    heads = _heads(name)
+    # how many classes a file's classifier tells apart is for the caller to say
+    bodies = ({k: v for k, v in d.items() if not k.startswith(heads)} for d in (wanted, found))
+    explain_mismatch(source, *bodies)
+    return found if whole else {k: v for k, v in found.items() if not k.startswith(heads)}
+
+
+def _heads(name: str) -> tuple[str, ...]:
+    """What the names of a timm model's classifier's weights begin with."""
+    classifier = timm.get_pretrained_cfg(name)
+    names = (classifier and classifier.classifier) or ()
+    return tuple(f"{c}." for c in ((names,) if isinstance(names, str) else names))
 
 
 def _wheel(name: str, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from distillkit.located import said
-from distillkit.schema.base import Count, Positive, Share, Strict
+from distillkit.schema.base import Count, NotNegative, Positive, Share, Strict
 
 
 def _square(value: Any) -> Any:
@@ -57,15 +57,18 @@ class Augment(Strict):
 class _Data(Strict):
     size: Size = [320, 320]
     """Network input in pixels: [height, width], or one number for both."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Loader processes; 0 loads in the training process."""
+    batch: Count = 8
+    """Pictures a process and step."""
+
+
+class _Boxed(_Data):
     keep_ratio: bool = False
     """False: the picture is stretched to the size. True: it keeps its aspect, and the size bounds both of its sides."""
     pad: bool = False
     """With keep_ratio: fill up with black, right and below, to exactly the size."""
     augment: Augment = Augment()
-    workers: Annotated[int, Field(ge=0)] = 2
-    """Loader processes; 0 loads in the training process."""
-    batch: Count = 8
-    """Pictures a process and step."""
 
     @model_validator(mode="after")
     def _one_flip(self) -> Self:
@@ -75,13 +78,13 @@ class _Data(Strict):
         return self
 
     @model_validator(mode="after")
-    def _pads_what_keeps_its_ratio(self) -> _Data:
+    def _pads_what_keeps_its_ratio(self) -> Self:
         if self.pad and not self.keep_ratio:
             raise ValueError("pad: true needs keep_ratio: true; a stretched picture leaves nothing to fill")
         return self
 
 
-class CocoData(_Data):
+class CocoData(_Boxed):
     """A detection set in COCO's JSON format."""
 
     kind: Literal["coco"]
@@ -94,7 +97,7 @@ class CocoData(_Data):
     """Folder of the pictures, relative to root; `{split}` in it stands for train, val or test."""
 
 
-class VocData(_Data):
+class VocData(_Boxed):
     """A detection set in Pascal VOC's layout: JPEGImages, Annotations, ImageSets/Main."""
 
     kind: Literal["voc"]
@@ -107,7 +110,7 @@ class VocData(_Data):
     """Class names in label order; null: the 20 of Pascal VOC."""
 
 
-class SceneData(_Data):
+class SceneData(_Boxed):
     """Scenes of real handwritten digits on crops of photographs, composed on the fly. Needs no files."""
 
     kind: Literal["scenes"]
@@ -119,7 +122,7 @@ class SceneData(_Data):
     """[fewest, most] digits a scene."""
 
 
-class CustomData(_Data):
+class CustomData(_Boxed):
     """A data set that a package registered with `distillkit.register_data`."""
 
     kind: Literal["custom"]
@@ -128,6 +131,110 @@ class CustomData(_Data):
 
 
 Data = Annotated[CocoData | VocData | SceneData | CustomData, Field(discriminator="kind")]
+
+
+class RandAugment(Strict):
+    """Changes of colour and geometry, of pictures and label maps alike (Cubuk et al., arXiv:1909.13719, as in timm)."""
+
+    magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0
+    deviation: NotNegative = 0.5
+    """Of the magnitude, which is drawn anew for every change."""
+    layers: Count = 2
+    """Changes drawn for a picture; each is made with probability 1/2."""
+
+
+class ClassAugment(Strict):
+    """Random changes of training pictures; all but mixup and cutmix are drawn from (seed, epoch, index) alone."""
+
+    scale: Annotated[list[Share], Field(min_length=2, max_length=2), AfterValidator(_ordered)] | None = [0.08, 1.0]
+    """[smallest, largest] part of the picture's area that a random crop shows; null: no crop."""
+    ratio: Annotated[list[Positive], Field(min_length=2, max_length=2), AfterValidator(_ordered)] = [0.75, 1.3333]
+    """[narrowest, widest] width over height of the crop."""
+    flip: Share = 0.5
+    """Probability of a left-right flip."""
+    flip_vertical: Share = 0.0
+    """Probability of an upside-down flip."""
+    color: Share = 0.0
+    """Strength of brightness, contrast and saturation; left out where there is rand_augment."""
+    rand_augment: RandAugment | None = None
+    erase: Share = 0.0
+    """Probability that a rectangle of the picture is replaced by noise (random erasing, pixel mode)."""
+    mixup: NotNegative = 0.0
+    """Alpha of mixup; 0: none. Where both are given, a batch gets one of the two."""
+    cutmix: NotNegative = 0.0
+    """Alpha of CutMix; 0: none."""
+
+
+class _Classes(_Data):
+    size: Size = [224, 224]
+    """Network input in pixels: [height, width], or one number for both."""
+    batch: Count = 64
+    """Pictures a process and step."""
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """For evaluation the picture is resized so that the size is this share of its shorter side, and its middle cut out;
+    1.0 with square pictures: all of it."""
+    augment: ClassAugment = ClassAugment()
+    label_maps: str | None = None
+    """Folder of dense label maps of the training pictures, made by `distillkit label`; for distillers of kind
+    token-labeling without a teacher."""
+
+
+class FolderData(_Classes):
+    """Pictures in a folder for each class, below a folder for each split."""
+
+    kind: Literal["image-folder"]
+    root: str
+    train: str = "train"
+    """Folder of the split, relative to root."""
+    val: str = "val"
+    test: str | None = None
+
+
+class CifarData(_Classes):
+    """CIFAR-10 or CIFAR-100 in its binary form, as downloaded; the last 5000 training pictures are val."""
+
+    kind: Literal["cifar"]
+    root: str
+    """Folder of the .bin files."""
+    classes: Literal[10, 100] = 10
+    size: Size = [32, 32]
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class TarData(_Classes):
+    """Tar files of pictures and labels in webdataset's layout: KEY.jpg (or .png, .webp) and KEY.cls."""
+
+    kind: Literal["webdataset"]
+    root: str
+    train: str = "train-*.tar"
+    """Files of the split, relative to root; `*` stands for anything."""
+    val: str = "val-*.tar"
+    test: str | None = None
+    classes: list[str]
+    """Class names in label order."""
+
+
+class DigitData(_Classes):
+    """One real handwritten digit on a crop of a photograph, composed on the fly. Needs no files."""
+
+    kind: Literal["single-digit"]
+    train: Count = 1024
+    """Number of pictures (in an epoch)."""
+    val: Count = 256
+    test: Count = 256
+    size: Size = [64, 64]
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class CustomClassData(_Classes):
+    """A data set that a package registered with `distillkit.register_data`."""
+
+    kind: Literal["custom"]
+    name: str
+    options: dict[str, Any] = {}
+
+
+ClassData = Annotated[FolderData | CifarData | TarData | DigitData | CustomClassData, Field(discriminator="kind")]
 
 
 class Tiles(Strict):
@@ -149,7 +256,7 @@ class Tiles(Strict):
         return self
 
 
-class _Rotated(_Data):
+class _Rotated(_Boxed):
     teach_difficult: bool = False
     """Difficult objects are learned like the others, as in the published training on DOTA."""
     skip_empty: bool = False

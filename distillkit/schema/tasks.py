@@ -8,9 +8,26 @@ from pydantic import BeforeValidator, Field
 
 from distillkit.explain import blocks_in, nearest
 from distillkit.schema.base import Count, Share, Split, Strict
-from distillkit.schema.data import CocoData, CustomData, Data, DotaData, HrscData, RotatedData, SceneData, VocData
-from distillkit.schema.distillers import Distiller
+from distillkit.schema.data import (
+    CifarData,
+    ClassData,
+    CocoData,
+    CustomClassData,
+    CustomData,
+    Data,
+    DigitData,
+    DotaData,
+    FolderData,
+    HrscData,
+    RotatedData,
+    SceneData,
+    TarData,
+    VocData,
+)
+from distillkit.schema.distillers import ClassDistiller, Distiller
 from distillkit.schema.models import (
+    ClassModel,
+    ClassTeacherModel,
     CustomModel,
     CustomTeacher,
     GFLModel,
@@ -25,6 +42,8 @@ from distillkit.schema.models import (
     RotatedRetinaTeacher,
     RotatedTeacherModel,
     TeacherModel,
+    TimmModel,
+    TimmTeacher,
 )
 from distillkit.schema.train import Train
 
@@ -71,8 +90,17 @@ class RotatedEvaluate(Evaluate):
     """Write the files of this task of DOTA, and their archive, from each row's boxes on the split."""
 
 
+class EvaluateClasses(Strict):
+    """Where a classifier is scored."""
+
+    split: Split = "val"
+
+
 class _Recipe(Strict):
     """What runs of all tasks have; the blocks that are Any here are the task's own."""
+
+    SCORES: ClassVar[tuple[str, ...]] = ("AP", "AP50", "AP75")
+    """What models are judged by; the first chooses the best checkpoint."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run folder; the file's name unless given."""
@@ -85,7 +113,7 @@ class _Recipe(Strict):
     teachers: Any = {}
     """Several teachers by name, instead of `teacher`."""
     student: Any
-    distillers: list[Distiller] = []
+    distillers: Any = []
     train: Train = Train()
     evaluate: Any
     compare: list[Annotated[Row, BeforeValidator(_worded, json_schema_input_type=str | Row)]] = [
@@ -104,6 +132,7 @@ class DetectionRecipe(_Recipe):
     teachers: dict[str, TeacherModel] = {}
     """Several teachers by name, instead of `teacher`."""
     student: Model
+    distillers: list[Distiller] = []
     evaluate: Evaluate = Evaluate()
 
 
@@ -116,12 +145,35 @@ class RotatedRecipe(_Recipe):
     teachers: dict[str, RotatedTeacherModel] = {}
     """Several teachers by name, instead of `teacher`."""
     student: RotatedModel
+    distillers: list[Distiller] = []
     evaluate: RotatedEvaluate = RotatedEvaluate()
 
 
+class ClassificationRecipe(_Recipe):
+    """A run for the classification of pictures."""
+
+    SCORES: ClassVar[tuple[str, ...]] = ("top1", "top5")
+
+    task: Literal["classification"]
+    data: ClassData
+    teacher: ClassTeacherModel | None = None
+    teachers: dict[str, ClassTeacherModel] = {}
+    """Several teachers by name, instead of `teacher`."""
+    student: ClassModel
+    distillers: list[ClassDistiller] = []
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the labels, in the cross entropy that a student learns from."""
+    evaluate: EvaluateClasses = EvaluateClasses()
+
+
 #: One more task is one more class here.
-TASKS: dict[str, type[_Recipe]] = {"detection": DetectionRecipe, "rotated-detection": RotatedRecipe}
-Recipe = DetectionRecipe | RotatedRecipe
+TASKS: dict[str, type[_Recipe]] = {
+    "detection": DetectionRecipe,
+    "rotated-detection": RotatedRecipe,
+    "classification": ClassificationRecipe,
+}
+BoxRecipe = DetectionRecipe | RotatedRecipe
+Recipe = BoxRecipe | ClassificationRecipe
 
 
 def recipe_type(raw: dict[str, Any]) -> type[_Recipe]:
@@ -151,6 +203,8 @@ def kinds(key: str) -> dict[str, tuple[str, list[str]]]:
 
 
 #: of any task
-AnyModel = GFLModel | NanoDetModel | RotatedGFLModel | RotatedRetinaModel | CustomModel
-AnyTeacher = GFLTeacher | NanoDetTeacher | RotatedGFLTeacher | RotatedRetinaTeacher | CustomTeacher
-AnyData = CocoData | VocData | SceneData | DotaData | HrscData | CustomData
+AnyModel = GFLModel | NanoDetModel | RotatedGFLModel | RotatedRetinaModel | TimmModel | CustomModel
+AnyTeacher = GFLTeacher | NanoDetTeacher | RotatedGFLTeacher | RotatedRetinaTeacher | TimmTeacher | CustomTeacher
+AnyDistiller = Distiller | ClassDistiller
+AnyClassData = FolderData | CifarData | TarData | DigitData | CustomClassData
+BoxData = CocoData | VocData | SceneData | DotaData | HrscData | CustomData

@@ -15,7 +15,9 @@ class _Optimizer(Strict):
     backbone_lr: NotNegative = 1.0
     """Factor on the learning rate of the backbone."""
     no_decay_norm: bool = True
-    """No weight decay on norms, biases and scales."""
+    """No weight decay on norms, biases, scales, and what a timm model says of itself (position embedding)."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the learning rate of each layer against the one behind it; for timm's classifiers."""
 
 
 class SGD(_Optimizer):

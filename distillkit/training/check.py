@@ -20,11 +20,13 @@ from distillkit.data.coco_rotated import read_coco_rotated
 from distillkit.data.detection import Split
 from distillkit.data.dota import read_dota
 from distillkit.data.hrsc import read_hrsc
-from distillkit.data.tiled import TiledDota
+from distillkit.data.sampler import collate
 from distillkit.data.voc import read_voc
+from distillkit.evaluation.classes import classify_dataset
 from distillkit.evaluation.predict import predict_dataset
 from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint
+from distillkit.training.batches import batches
 from distillkit.training.errors import RunError
 from distillkit.training.evaluate import Share, check_submission, judged, whole
 from distillkit.training.loop import check_settings
@@ -198,12 +200,16 @@ def _rehearsed(
     checkpoint.seed_everything(recipe.seed)
     model = build.build_model(step.model, classes, recipe.evaluate)
     distillers = build.build_distillers(recipe, step.distillers, classes, step.train)
-    items = [data["train"][0, i] for i in range(min(PICTURES, len(data["train"])))]
+    items = [data["train"][0, i] for i in range(min(_pictures(recipe), len(data["train"])))]
     wrapped = build.build_wrapped(recipe, model, teachers, distillers)
     try:
         check_optimizer(step, wrapped)
         wrapped.train()
-        losses = wrapped([image for image, _ in items], [target for _, target in items])
+        how = batches(recipe, model, classes)
+        pictures, targets = how.get("collate", collate)(items)
+        if prepare := how.get("prepare"):
+            pictures, targets = prepare(pictures, targets)
+        losses = wrapped(pictures, targets)
         losses.total.backward()
         wrapped.check_finite()
     finally:
@@ -212,7 +218,7 @@ def _rehearsed(
     _score(recipe, model, data)
     said = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
     yield Finding("ok", step.where, f"{_described(model)}; one step: {said}")
-    boxes = sum(len(target["boxes"]) for _, target in items)
+    boxes = sum(len(target.get("boxes", ())) for _, target in items)
     idle = [name for name, value in values.items() if value == 0 and name not in _zero_at_first(distillers)]
     if boxes and idle:
         what = (
@@ -221,6 +227,11 @@ def _rehearsed(
             "the distillers with what they should cover"
         )
         yield Finding("warning", step.where, what)
+
+
+def _pictures(recipe: Recipe) -> int:
+    """Of a dry step; relations between classified pictures need three."""
+    return max(PICTURES, 4) if isinstance(recipe, schema.ClassificationRecipe) else PICTURES
 
 
 def _zero_at_first(distillers: Iterable[Distiller]) -> set[str]:
@@ -235,8 +246,9 @@ def _score(recipe: Recipe, model: nn.Module, data: Mapping[str, build.DetectionD
         return
     val = data["val"]
     try:
-        found = predict_dataset(model, Share(val, 0, max(1, len(val) - 1)), batch=PICTURES)
-        judged(recipe, whole(recipe, found, val) if isinstance(val, TiledDota) else found, val)
+        run = classify_dataset if isinstance(recipe, schema.ClassificationRecipe) else predict_dataset
+        found = run(model, Share(val, 0, max(1, len(val) - 1)), batch=PICTURES)
+        judged(recipe, whole(recipe, found, val) if isinstance(recipe, schema.RotatedRecipe) else found, val)
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise RunError(f"cannot be scored on pictures of data.val: {kind}{error}") from error

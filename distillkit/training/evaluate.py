@@ -15,6 +15,7 @@ from torch import nn
 from distillkit import schema
 from distillkit.data.rotated import RotatedDetection
 from distillkit.data.tiled import TiledDota
+from distillkit.evaluation.classes import ClassificationResult, class_metrics, classify_dataset
 from distillkit.evaluation.coco import CocoResult, coco_metrics
 from distillkit.evaluation.predict import Progress, predict_dataset
 from distillkit.evaluation.rotated import RotatedResult, rotated_metrics
@@ -43,7 +44,7 @@ class Share:
         return self.data[epoch, self.indices[index]]
 
 
-Result = CocoResult | RotatedResult
+Result = CocoResult | RotatedResult | ClassificationResult
 
 
 def score(recipe: Recipe, model: nn.Module, data: DetectionData, progress: Progress | None = None) -> Result:
@@ -62,13 +63,16 @@ def predicted(
     state = processes()
     model.to(state.device)
     share = Share(data, state.process_index, state.num_processes)
-    found = predict_dataset(model, share, recipe.data.batch, state.device, progress, recipe.data.workers)
+    run = classify_dataset if isinstance(recipe, schema.ClassificationRecipe) else predict_dataset
+    found = run(model, share, recipe.data.batch, state.device, progress, recipe.data.workers)
     found = gather_object(found)
-    return whole(recipe, found, data) if isinstance(data, TiledDota) else found
+    return whole(recipe, found, data) if isinstance(recipe, schema.RotatedRecipe) else found
 
 
-def whole(recipe: Recipe, found: Sequence[dict[str, Any]], data: TiledDota) -> list[dict[str, Any]]:
-    """Predictions on tiles as predictions on the pictures they were cut from."""
+def whole(recipe: schema.RotatedRecipe, found: Sequence[dict[str, Any]], data: Any) -> list[dict[str, Any]]:
+    """Predictions on tiles as predictions on the pictures they were cut from; others as they are."""
+    if not isinstance(data, TiledDota):
+        return list(found)
     ids = {record.path.stem: record.image_id for record in data.whole.records}
     merged = merge_tiles(found, data.places, recipe.evaluate.iou)  # evaluate.most is of a tile, and done
     return [{**prediction, "image_id": ids[name]} for name, prediction in merged.items()]
@@ -93,14 +97,20 @@ def _names(data: RotatedDetection) -> dict[int, str]:
 
 def judged(recipe: Recipe, found: Sequence[dict[str, Any]], data: Any) -> Result:
     """Predictions against the truth of a data set."""
+    if isinstance(recipe, schema.ClassificationRecipe):
+        return class_metrics(found, data.classes)
     if isinstance(recipe, schema.RotatedRecipe):
         return rotated_metrics(found, data.truth(), data.classes)
     return coco_metrics(found, data)
 
 
 def plain(result: Result) -> dict[str, Any]:
-    """The numbers (0..1) by name, and under ``classes`` ap, ap50, ap75 and boxes of each class."""
-    return {**result.numbers, "classes": {name: asdict(row) for name, row in result.classes.items()}}
+    """The numbers by name, and under ``classes`` those of each class: ap, ap50, ap75 and boxes, or, of a classifier,
+    recall, precision and pictures; its confusion matrix besides."""
+    numbers = {**result.numbers, "classes": {name: asdict(row) for name, row in result.classes.items()}}
+    if isinstance(result, ClassificationResult):
+        numbers["confusion"] = result.confusion.tolist()
+    return numbers
 
 
 def evaluate_submission(recipe: Recipe, path: Path, split: Literal["train", "val", "test"]) -> RotatedResult:

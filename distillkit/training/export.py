@@ -1,5 +1,7 @@
 """`distillkit export`: the student as safetensors, torch.export and ONNX, each compared with the student itself.
 
+Of a classifier all of it is exported, normalisation included. Of a detector:
+
 What is exported to torch.export and ONNX is the dense part of a detector: a batch of pictures in, class and edge logits
 of every level out. Non-maximum suppression is left to the caller; decode.json says all that decoding needs.
 """
@@ -14,8 +16,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from distillkit.evaluation.classes import normalised
 from distillkit.models.rotated_retina import RotatedRetina, anchors_of
-from distillkit.schema import Recipe
+from distillkit.schema import ClassificationRecipe, Recipe
 from distillkit.training import build, checkpoint
 from distillkit.training.build import Classes
 from distillkit.training.errors import RunError
@@ -24,6 +27,17 @@ from distillkit.training.named import named_model
 FORMATS = ("safetensors", "torch-export", "onnx")
 #: largest difference that still counts as the same, in units of the logits
 TOLERANCE = 1e-3
+
+
+class Logits(nn.Module):
+    """A classifier with normalisation: (B, 3, H, W) in 0..1 -> class logits (B, C)."""
+
+    def __init__(self, classifier: nn.Module):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        return (self.classifier(normalised(self.classifier, pictures)),)
 
 
 class Dense(nn.Module):
@@ -67,16 +81,21 @@ def export(
     if "safetensors" in formats:
         differences["safetensors"] = _safetensors(student, folder / "student.safetensors")
     if set(formats) & {"torch-export", "onnx"}:
-        dense, pictures = _dense(student, recipe)
+        classes = isinstance(recipe, ClassificationRecipe)
+        dense, pictures = _logits(student, recipe) if classes else _dense(student, recipe)
         with torch.no_grad():
             wanted = dense(pictures)
         if "torch-export" in formats:
             differences["torch-export"] = _torch_export(dense, pictures, wanted, folder / "student.pt2")
         if "onnx" in formats:
             differences["onnx"] = _onnx(dense, pictures, wanted, folder / "student.onnx")
-        checkpoint.write_json(folder / "decode.json", _decoding(student, data, pictures))
-        say = "torch-export and onnx hold the dense part, without non-maximum suppression; how to decode: decode.json"
-        console.print(say, highlight=False, soft_wrap=True)
+        decoding = _labelling(data, pictures) if classes else _decoding(student, data, pictures)
+        checkpoint.write_json(folder / "decode.json", decoding)
+        if not classes:
+            say = (
+                "torch-export and onnx hold the dense part, without non-maximum suppression; how to decode: decode.json"
+            )
+            console.print(say, highlight=False, soft_wrap=True)
     for name, difference in differences.items():
         console.print(f"{name}: largest difference to the student {difference:.2g}", highlight=False, soft_wrap=True)
     wrong = [name for name, difference in differences.items() if not difference <= TOLERANCE]
@@ -99,6 +118,11 @@ def _dense(student: nn.Module, recipe: Recipe) -> tuple[Dense, Tensor]:
     return Dense(student).eval(), torch.rand(2, 3, height, width, generator=generator)
 
 
+def _logits(student: nn.Module, recipe: Recipe) -> tuple[Logits, Tensor]:
+    pictures = torch.rand(2, 3, *recipe.data.size, generator=torch.Generator().manual_seed(0))
+    return Logits(student).eval(), pictures
+
+
 def _safetensors(student: nn.Module, path: Path) -> float:
     weights = student.state_dict()
     checkpoint.save_weights(path, weights)
@@ -106,7 +130,7 @@ def _safetensors(student: nn.Module, path: Path) -> float:
     return _largest([written[name] for name in weights], list(weights.values()))
 
 
-def _torch_export(dense: Dense, pictures: Tensor, wanted: tuple[Tensor, ...], path: Path) -> float:
+def _torch_export(dense: nn.Module, pictures: Tensor, wanted: tuple[Tensor, ...], path: Path) -> float:
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(dense, (pictures,), dynamic_shapes=({0: batch},))
     checkpoint.atomically(path, lambda part: _save_program(program, part))
@@ -119,7 +143,7 @@ def _save_program(program: torch.export.ExportedProgram, path: Path) -> None:
         torch.export.save(program, file)
 
 
-def _onnx(dense: Dense, pictures: Tensor, wanted: tuple[Tensor, ...], path: Path) -> float:
+def _onnx(dense: nn.Module, pictures: Tensor, wanted: tuple[Tensor, ...], path: Path) -> float:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (torch's exporter needs it)
@@ -127,7 +151,7 @@ def _onnx(dense: Dense, pictures: Tensor, wanted: tuple[Tensor, ...], path: Path
         raise RunError(f"onnx needs the package {error.name!r}: pip install 'distillkit[export]'") from error
     batch = torch.export.Dim("batch", min=1)
     levels = len(wanted) // 2
-    names = [f"{what}_{i}" for what in ("classes", "edges") for i in range(levels)]
+    names = [f"{what}_{i}" for what in ("classes", "edges") for i in range(levels)] or ["logits"]
     program = torch.onnx.export(
         dense,
         (pictures,),
@@ -165,6 +189,17 @@ DELTAS = (
     "width and y * height from the anchor's centre, width * exp(w) wide, height * exp(h) high and turned by the angle, "
     "in radians and clockwise as seen"
 )
+
+
+def _labelling(data: Classes, pictures: Tensor) -> dict[str, Any]:
+    return {
+        "input": "pictures: (batch, 3, height, width), float32, red green blue, 0..1, not normalised",
+        "height": pictures.shape[2],
+        "width": pictures.shape[3],
+        "outputs": "logits (batch, classes)",
+        "scores": "softmax(logits)",
+        "classes": list(data.classes),
+    }
 
 
 def _decoding(student: Any, data: Classes, pictures: Tensor) -> dict[str, Any]:

@@ -36,8 +36,8 @@ SAME = 0.5  # IoU above which two boxes are about one object
 Sample = tuple[Tensor, dict[str, Any]]
 
 
-def curves(rows: Mapping[str, list[dict[str, Any]]]) -> Figure:
-    """One panel for each loss, over optimizer steps, and one for AP; one line for each job.
+def curves(rows: Mapping[str, list[dict[str, Any]]], score: str = "AP") -> Figure:
+    """One panel for each loss, over optimizer steps, and one for a score; one line for each job.
 
     Args:
         rows: of each job's metrics.jsonl.
@@ -46,12 +46,12 @@ def curves(rows: Mapping[str, list[dict[str, Any]]]) -> Figure:
     scored = {job: [r for r in rs if r["kind"] == "evaluation"] for job, rs in rows.items()}
     losses = list(dict.fromkeys(name for rs in train.values() for r in rs[:1] for name in r["losses"]))
     axes = _grid(len(losses) + 1, width=4.2, height=2.9)
-    for axis, title in zip(axes, ["AP on val", *losses], strict=True):
+    for axis, title in zip(axes, [f"{score} on val", *losses], strict=True):
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.25)
     for colour, job in zip(_cycle(len(rows)), rows, strict=True):
         x = [r["step"] for r in scored[job]]
-        axes[0].plot(x, [100 * r["AP"] for r in scored[job]], "o-", ms=3, color=colour, label=job)
+        axes[0].plot(x, [100 * r[score] for r in scored[job]], "o-", ms=3, color=colour, label=job)
         for axis, name in zip(axes[1:], losses, strict=True):
             rows_with = [r for r in train[job] if r["losses"].get(name) is not None]
             values = _smooth(np.array([r["losses"][name] for r in rows_with]))

@@ -63,12 +63,14 @@ class Job:
     Args:
         name: for messages and the progress line.
         folder: gets last.pt, best.safetensors, final.safetensors, metrics.jsonl, tensorboard/ and result.json.
-        model: the wrapped student; called with (images, targets), lists of one entry an image.
+        model: the wrapped student; called with (images, targets).
         data: the training set.
         evaluate: from the student, in eval mode, to its scores; a number under ``score`` chooses the best checkpoint.
         train: the recipe's ``train`` block.
         seed, batch, workers: of samples and loader; ``batch`` counts images of one process.
         resume: the command that goes on after an interruption, for the message.
+        collate: from samples to (images, targets).
+        prepare: from these, on the device, to what the model is called with.
     """
 
     name: str
@@ -82,6 +84,8 @@ class Job:
     workers: int
     score: str = "AP"
     resume: str = "the same command"
+    collate: Callable[..., tuple[Any, Any]] = collate
+    prepare: Callable[[Any, Any], tuple[Any, Any]] | None = None
 
 
 @dataclass
@@ -171,7 +175,7 @@ class Run:
             self.job.data,  # type: ignore[arg-type]
             batch_sampler=self._batches(self.at.epoch, self.at.batch),
             num_workers=self.job.workers,
-            collate_fn=collate,
+            collate_fn=self.job.collate,
             pin_memory=self.accelerator.device.type == "cuda",
             worker_init_fn=_leave_interrupts_to_the_loop,
             generator=torch.Generator(),  # its own: starting the workers must not move the global one
@@ -186,14 +190,16 @@ class Run:
 
     def step(self, window: list) -> None:
         """One optimizer step on the mean over the images of ``window``."""
-        train, images = self.job.train, sum(len(targets) for _, targets in window)
+        train, images = self.job.train, sum(len(pictures) for pictures, _ in window)
         factor = learning_rate_factor(self.at.step, self.total, train.epochs, train.schedule)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
         sums: dict[str, Tensor] = {}
         for i, (pictures, targets) in enumerate(window):
             pictures, targets = send_to_device((pictures, targets), self.accelerator.device, non_blocking=True)
-            share = len(targets) / images
+            share = len(pictures) / images
+            if self.job.prepare is not None:
+                pictures, targets = self.job.prepare(pictures, targets)
             with self.accelerator.no_sync(self.model) if i + 1 < len(window) else nullcontext():
                 losses = self.model(pictures, targets)
                 self.accelerator.backward(losses.total * share)

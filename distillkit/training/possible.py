@@ -10,6 +10,7 @@ from torch import nn
 
 from distillkit import recipe as recipes
 from distillkit import schema
+from distillkit.data.classes import ClassPictures
 from distillkit.data.detection import Pictures
 from distillkit.data.rotated import RotatedDetection
 from distillkit.schema import Recipe
@@ -59,13 +60,17 @@ def check_optimizer(step: Planned, model: nn.Module) -> None:
 
 
 def check_taught(split: str, data: Any) -> None:
-    """Raises RunError where a data set has no box to be learned."""
+    """Raises RunError where a data set has no box to be learned; one for classification has a class for each picture."""
+    if isinstance(data, ClassPictures):
+        return
     if not _teaches(data):
         raise RunError(f"data.{split} has no box that can be learned: correct the annotations, or name another file")
 
 
 def check_judged(split: str, data: Any) -> None:
     """Raises RunError where a data set has no box to be found."""
+    if isinstance(data, ClassPictures):
+        return
     if not _judges(data):
         raise RunError(
             f"data.{split} is what models are judged on, and has no box to be found, so that there is no AP: correct "

@@ -1,4 +1,4 @@
-"""`distillkit predict`: pictures in; drawn pictures and predictions.json out."""
+"""`distillkit predict`: pictures in; drawn pictures and predictions.json out, of a classifier the latter alone."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision import tv_tensors
 from torchvision.ops import clip_boxes_to_image
 
+from distillkit import schema
 from distillkit.boxes.rotated import corners, upright
+from distillkit.data.class_transforms import Middle
 from distillkit.data.large import open_windows, overview
 from distillkit.data.transforms import Resize, sample_of
+from distillkit.evaluation.classes import normalised
 from distillkit.evaluation.draw import draw_boxes
 from distillkit.evaluation.rotated import to_original
 from distillkit.evaluation.submission import Task, write_submission
 from distillkit.evaluation.whole import predict_whole
-from distillkit.schema import Recipe, RotatedRecipe, Tiles
+from distillkit.schema import BoxRecipe, Recipe, RotatedRecipe, Tiles
 from distillkit.training import build, checkpoint
 from distillkit.training.errors import RunError
 from distillkit.training.named import named_model
@@ -81,6 +85,8 @@ def predict(
     data = build.build_classes(recipe)
     model = named_model(recipe, weights, len(data.classes))
     model.to(processes().device).eval()
+    if isinstance(recipe, schema.ClassificationRecipe):
+        return _classified(recipe, model, images, folder, data.classes, progress)
     rows: list[dict[str, Any]] = []
     submitted: list[dict[str, Any]] = []
     named = _named(images, folder)
@@ -109,7 +115,33 @@ def predict(
     return rows
 
 
-def _found(recipe: Recipe, model: nn.Module, path: Path, progress: Progress | None) -> Found:
+def _classified(
+    recipe: schema.ClassificationRecipe,
+    model: nn.Module,
+    images: list[Path],
+    folder: Path,
+    classes: list[str],
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
+    """The five likeliest classes of every picture, and their probabilities."""
+    view = Middle((recipe.data.size[0], recipe.data.size[1]), recipe.data.crop_pct)
+    named = _named(images, folder)
+    rows: list[dict[str, Any]] = []
+    for number, (path, _) in enumerate(named, 1):
+        pixels = torch.from_numpy(np.array(_read(path))).permute(2, 0, 1).contiguous()
+        image = view(tv_tensors.Image(pixels), None, torch.Generator()).image[None].to(processes().device)
+        with torch.inference_mode():
+            probabilities, labels = model(normalised(model, image)).softmax(1)[0].sort(descending=True, stable=True)
+        best = zip(probabilities[:5].tolist(), labels[:5].tolist(), strict=True)
+        rows.append({"file": str(path), "classes": [{"class": classes[i], "probability": p} for p, i in best]})
+        if progress is not None:
+            progress("pictures", number, len(named))
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(folder / "predictions.json", rows)
+    return rows
+
+
+def _found(recipe: BoxRecipe, model: nn.Module, path: Path, progress: Progress | None) -> Found:
     tiles = getattr(recipe.data, "tiles", None)
     if tiles is not None:
         return _found_in_windows(recipe, tiles, model, path, progress)
@@ -125,7 +157,9 @@ def _found(recipe: Recipe, model: nn.Module, path: Path, progress: Progress | No
     return Found(picture, 1, boxes, scores, labels)
 
 
-def _found_in_windows(recipe: Recipe, tiles: Tiles, model: nn.Module, path: Path, progress: Progress | None) -> Found:
+def _found_in_windows(
+    recipe: BoxRecipe, tiles: Tiles, model: nn.Module, path: Path, progress: Progress | None
+) -> Found:
     """With windows of the size that the recipe's tiles have for the network, so that objects are as large for it."""
     data = recipe.data
     picture = open_windows(path)

@@ -17,7 +17,7 @@ from distillkit import __version__, schema
 from distillkit.boxes.regions import Valuable
 from distillkit.core.errors import DistillError
 from distillkit.schema import Recipe
-from distillkit.training import checkpoint, figures, metrics
+from distillkit.training import checkpoint, class_figures, figures, metrics
 from distillkit.training.table import cells
 
 Drawing = Figure | Image
@@ -43,7 +43,7 @@ def write_report(
     teachers: Mapping[str, nn.Module],
     students: Mapping[str, nn.Module],
 ) -> None:
-    """Write report.html, and curves.png, pictures.png, regions.png and distribution.png.
+    """Write report.html, and its figures: curves.png, and what the task has.
 
     Args:
         rows: of the table.
@@ -85,13 +85,17 @@ def _figures(
     """Title, note, file name and figure of each section; None where there is nothing to draw, and the note says why."""
     trained = {job: path / "metrics.jsonl" for job, path in jobs.items()}
     rows = {job: metrics.read(path) for job, path in trained.items() if path.exists()}
+    score = recipe.SCORES[0]
     yield (
-        "Losses and AP",
+        f"Losses and {score}",
         "Losses are weighted as they are summed, and averaged over a twentieth of the run. "
-        f"AP on the val split after each evaluation; the table above is on the {recipe.evaluate.split} split.",
+        f"{score} on the val split after each evaluation; the table above is on the {recipe.evaluate.split} split.",
         "curves",
-        figures.curves(rows),
+        figures.curves(rows, score),
     )
+    if isinstance(recipe, schema.ClassificationRecipe):
+        yield from _class_figures(recipe, data, jobs, {**teachers, **students})
+        return
     samples = [data[(0, i)] for i in range(min(SHOWN, len(data)))]
     models = {**teachers, **students}
     yield (
@@ -105,6 +109,26 @@ def _figures(
         yield from _distribution_figures(recipe, samples, teachers, students)
     except DistillError as error:
         yield "Regions and distributions", f"Not drawn: {error}", "", None
+
+
+def _class_figures(
+    recipe: schema.ClassificationRecipe, data: Any, jobs: Mapping[str, Path], models: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, str, str, Drawing | None]]:
+    split = recipe.evaluate.split
+    scores = {job: checkpoint.read_json(path / f"scores-{split}.json") for job, path in jobs.items()}
+    yield (
+        "Confusion",
+        f"Which class each class of the {split} split is taken for: rows are the true classes, and add up to 1.",
+        "confusion",
+        class_figures.confusion({job: s["confusion"] for job, s in scores.items()}, data.classes),
+    )
+    samples = [data[0, i] for i in range(min(class_figures.SHOWN, len(data)))]
+    yield (
+        "What each place is taken for",
+        f"Pictures of the {split} split, and how likely each model finds the picture's class in each of its tokens.",
+        "tokens",
+        class_figures.tokens(samples, models, data.classes),
+    )
 
 
 def _distribution_figures(

@@ -16,6 +16,7 @@ from distillkit import recipe as recipes
 from distillkit import schema
 from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint
+from distillkit.training.batches import batches
 from distillkit.training.errors import CheckpointError, RunError
 from distillkit.training.evaluate import check_submission, judged, plain, predicted, score, submit
 from distillkit.training.folder import alone_in, changed_versions, check_owner, open_folder, versions
@@ -199,6 +200,8 @@ class Jobs:
                 batch=data.batch,
                 workers=data.workers,
                 resume=self.command,
+                score=self.recipe.SCORES[0],
+                **batches(self.recipe, model, self.classes),
             )
             try:
                 fit(job, self.console)
@@ -230,5 +233,5 @@ class Jobs:
             processes().wait_for_everyone()
         scores = checkpoint.read_json(path)
         parameters = sum(p.numel() for p in model.parameters())
-        measured = {key: scores[key] for key in ("AP", "AP50", "AP75")}
+        measured = {key: scores[key] for key in self.recipe.SCORES}
         self.table.append({"row": name, **measured, "parameters": parameters, "minutes": minutes})

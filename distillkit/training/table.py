@@ -9,7 +9,8 @@ from rich.table import Table
 
 from distillkit.training import checkpoint
 
-#: one row: row (its name), AP, AP50, AP75 (0..1), parameters, minutes of training (None: it was not trained)
+#: one row: row (its name), its scores (0..1; AP, AP50, AP75, or those of its task), parameters, minutes of training
+#: (None: it was not trained)
 Row = dict[str, Any]
 
 
@@ -22,17 +23,18 @@ def write_table(folder: Path, rows: list[Row]) -> None:
 
 
 def cells(rows: list[Row]) -> list[list[str]]:
-    """Header and rows as texts: AP in per cent, "-" for the training minutes of a model that was not trained."""
+    """Header and rows as texts: scores in per cent, "-" for the training minutes of a model that was not trained."""
+    scores = [key for key in rows[0] if key not in ("row", "parameters", "minutes")]
     body = [
         [
             row["row"],
-            *(percent(row[key]) for key in ("AP", "AP50", "AP75")),
+            *(percent(row[key]) for key in scores),
             f"{row['parameters'] / 1e6:.2f} M",
             "-" if row["minutes"] is None else f"{row['minutes']:.1f}",
         ]
         for row in rows
     ]
-    return [["row", "AP", "AP50", "AP75", "parameters", "minutes"], *body]
+    return [["row", *scores, "parameters", "minutes"], *body]
 
 
 def percent(score: float) -> str:

@@ -1,0 +1,780 @@
+"""Label maps on disk: for every picture the k classes that an annotator scores highest in each cell of a map.
+
+A folder holds
+
+    manifest.json    what the maps are of and who made them; the pictures' names, in order; the shards and their sha256
+    maps-00000.bin   one record a picture, all of the same length, in the manifest's order; and so on
+    job.json         instead of the manifest: a call of `distillkit label` that is not finished
+
+A record is the lowest and the highest score of the picture (float32), the scores as steps of 1/255 between these two
+(uint8), and the class indices (int16, or int32 where there are more than 32768 classes), both (k, H, W), the highest
+score first, little-endian, without padding. So a score is wrong by at most 1/510 of its picture's range; with k = 5 on
+7 x 7 cells a picture takes 743 bytes. Nothing read from a file is ever run: there are JSON and numbers, no pickles.
+
+Scores are raw logits. The map lies over the whole picture, stretched to the annotator's input (``region`` "full"), or
+over its centre square ("center_square"), always as the file stores its pixels: an EXIF rotation is not applied, neither
+here nor where pictures are read for training (Pillow and torchvision do not do so unless they are asked).
+
+Maps of the published format, one torch file a picture, are read by ``ReleaseMaps`` with the same interface.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from distillkit.data.problems import DataError, Problem
+
+Region = Literal["full", "center_square"]
+
+FORMAT: Literal["distillkit-label-maps"] = "distillkit-label-maps"
+VERSION = 1
+MANIFEST, JOB = "manifest.json", "job.json"
+#: file endings of pictures, in folders and in tar files
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+#: a score is one of so many steps between the lowest and the highest of its picture
+STEPS = 255
+
+
+class LabelMapError(ValueError):
+    """Label maps that cannot be read, or are not those that are wanted; or that cannot be made as asked."""
+
+
+class LabelMaps(Protocol):
+    """Where label maps come from.
+
+    classes: how many there are. k: how many of them a cell keeps. grid: (H, W) cells. region: what the map covers.
+    """
+
+    classes: int
+    k: int
+    grid: tuple[int, int]
+    region: Region
+
+    def __len__(self) -> int: ...
+
+    def __contains__(self, key: object) -> bool: ...
+
+    def __getitem__(self, key: str) -> tuple[Tensor, Tensor]:
+        """(scores float32 (k, H, W), class indices int64 (k, H, W)) of a picture, the highest score first."""
+        ...
+
+
+# -- the pictures -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PictureList:
+    """Pictures in a folder or in tar files, sorted by key: the path in the folder, or the member's name, with slashes.
+
+    Args:
+        sources: the one folder, or the tar files.
+        sizes: bytes of each picture's file.
+        places: of each picture in tar files, which of the sources and where in it; empty for a folder.
+    """
+
+    sources: list[Path]
+    keys: list[str]
+    sizes: list[int]
+    places: list[tuple[int, int]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def sha256(self) -> str:
+        """Of all keys and sizes, in order. It sees pictures that come, go or change their size, at the price of one
+        listing; not pixels that change in a file of the same length."""
+        digest = hashlib.sha256()
+        for key, size in zip(self.keys, self.sizes, strict=True):
+            digest.update(f"{key}\0{size}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def where(self, index: int) -> str:
+        """The file of a picture, for messages."""
+        if not self.places:
+            return str(self.sources[0] / self.keys[index])
+        return f"{self.sources[self.places[index][0]]}: {self.keys[index]}"
+
+    def read(self, index: int) -> Image.Image:
+        """A picture as RGB, as the file stores its pixels. Raises DataError, with one problem, if that cannot be."""
+        try:
+            with Image.open(BytesIO(self._content(index))) as picture:
+                return picture.convert("RGB")
+        except Image.DecompressionBombError as error:
+            what, remedy = f"the picture is too large to be read whole ({error})", "make it smaller or take it out"
+        except (OSError, SyntaxError, ValueError) as error:
+            what, remedy = f"the picture cannot be decoded ({error})", "copy the file again, take it out or skip it"
+        raise DataError([Problem(self.where(index), None, what, remedy)])
+
+    def _content(self, index: int) -> bytes:
+        if not self.places:
+            return (self.sources[0] / self.keys[index]).read_bytes()
+        source, offset = self.places[index]
+        with self.sources[source].open("rb") as file:
+            file.seek(offset)
+            return file.read(self.sizes[index])
+
+
+class _Picture(NamedTuple):
+    """key, bytes, and where it is: the number of the tar file and the place in it, or (0, 0) for a file of its own."""
+
+    key: str
+    size: int
+    place: tuple[int, int] = (0, 0)
+
+
+def list_pictures(images: str | Path | Sequence[str | Path]) -> PictureList:
+    """All pictures in a folder and the folders in it, or in uncompressed tar files, as webdataset has them.
+
+    Files are not opened, members of tar files not unpacked. Names that begin with a dot are left out.
+
+    Raises:
+        DataError: names everything that is wrong: no pictures, empty files, names that lead out of the folder, members
+            that are links, two of one name, tar files that are compressed or broken off.
+    """
+    paths = [Path(images)] if isinstance(images, str | Path) else [Path(path) for path in images]
+    problems: list[Problem] = []
+    tars = len(paths) > 1 or (len(paths) == 1 and paths[0].is_file())
+    found: list[_Picture] = []
+    for number, path in enumerate(paths):
+        found += _in_tar(path, number, problems) if tars else _in_folder(path, problems)
+    found.sort()
+    problems += _wrong_names(found, paths)
+    if not found and not problems:
+        tarred = not tars and any(paths[0].glob("*.tar"))
+        remedy = "name the tar files themselves: they are there" if tarred else "correct the path"
+        what = f"no picture in it (looked for {', '.join(PICTURES)})"
+        problems.append(Problem(", ".join(map(str, paths)) or "images", None, what, remedy))
+    if problems:
+        raise DataError(problems)
+    places = [picture.place for picture in found] if tars else []
+    return PictureList(paths, [picture.key for picture in found], [picture.size for picture in found], places)
+
+
+def _in_folder(root: Path, problems: list[Problem], prefix: str = "", above: tuple[Path, ...] = ()) -> list[_Picture]:
+    """above: the folders that lead here, as links may lead in a circle."""
+    if not root.is_dir():
+        problems.append(Problem(str(root), None, "no such folder", "name a folder of pictures, or tar files"))
+        return []
+    here, found = (root / prefix).resolve(), []
+    if here in above:
+        return []
+    with os.scandir(here) as entries:
+        for entry in entries:
+            key = prefix + entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                found += _in_folder(root, problems, f"{key}/", (*above, here))
+            elif _is_picture(key) and entry.is_file():
+                found.append(_Picture(key, entry.stat().st_size))
+            elif _is_picture(key):
+                problems.append(Problem(str(root / key), None, "no file, or a link to none", "correct or delete it"))
+    return found
+
+
+def _in_tar(path: Path, number: int, problems: list[Problem]) -> Iterator[_Picture]:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key = member.name.removeprefix("./")
+                if member.isdir() or not _is_picture(key) or key.rpartition("/")[2].startswith("."):
+                    continue
+                if not member.isreg() or member.issparse():
+                    what = "the member is a link or no plain file"
+                    problems.append(Problem(str(path), key, what, "pack the picture itself (tar --dereference)"))
+                    continue
+                yield _Picture(key, member.size, (number, member.offset_data))
+    except (tarfile.TarError, OSError) as error:
+        remedy = "name a folder of pictures, or whole tar files that are not compressed"
+        problems.append(Problem(str(path), None, f"not a readable tar file ({error})", remedy))
+
+
+def _wrong_names(found: list[_Picture], sources: list[Path]) -> Iterator[Problem]:
+    """Of sorted pictures."""
+    before = None
+    for picture in found:
+        source = str(sources[picture.place[0]])
+        if not _stays_inside(picture.key):
+            what = "the name leads out of the folder, or holds a backslash or a control character"
+            yield Problem(source, repr(picture.key), what, "rename it")
+        elif picture.size == 0:
+            yield Problem(source, picture.key, "the file is empty", "copy it again or take it out")
+        if before is not None and before.key == picture.key:
+            other = str(sources[before.place[0]])
+            yield Problem(source, picture.key, f"a picture of this name is in {other}, too", "rename one of them")
+        before = picture
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(PICTURES)
+
+
+def _stays_inside(key: str) -> bool:
+    return not any(part in ("", ".", "..") for part in key.split("/")) and not re.search(r"[\\\x00-\x1f]", key)
+
+
+# -- the format -------------------------------------------------------------------------------------------------------
+
+
+def _checked_key(key: str) -> str:
+    if not _stays_inside(key):
+        raise ValueError(f"{key!r} leads out of the folder of pictures")
+    return key
+
+
+_Key = Annotated[str, AfterValidator(_checked_key)]
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_Count = Annotated[int, Field(ge=1)]
+_Channels = tuple[float, float, float]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AnnotatorInfo(_Strict):
+    """Who made the maps: the model's name, where its weights came from, their ``weights_sha256``, and the precision it
+    ran in."""
+
+    name: str
+    weights: str
+    sha256: _Sha256
+    precision: str
+
+
+class Preprocessing(_Strict):
+    """What the annotator was shown: its input in pixels (height, width), how much of the region that covers (all of
+    it), the interpolation of the resize, and mean and standard deviation of the channels in 0..1."""
+
+    size: tuple[_Count, _Count]
+    crop: float
+    interpolation: str
+    mean: _Channels
+    std: _Channels
+
+
+class LabelInfo(_Strict):
+    """What maps are of, and how they lie in their files.
+
+    Args:
+        classes, k, grid, region: as ``LabelMaps``.
+        shard: records of a shard; the last one may have fewer.
+        pictures: how many there are. images_sha256: ``PictureList.sha256``.
+    """
+
+    annotator: AnnotatorInfo
+    preprocessing: Preprocessing
+    region: Region
+    classes: _Count
+    k: _Count
+    grid: tuple[_Count, _Count]
+    shard: _Count
+    pictures: _Count
+    images_sha256: _Sha256
+
+    @property
+    def record(self) -> np.dtype:
+        """The type of one picture's record."""
+        shape = (self.k, *self.grid)
+        index = "<i2" if self.classes <= 2**15 else "<i4"
+        return np.dtype([("low", "<f4"), ("high", "<f4"), ("steps", "u1", shape), ("indices", index, shape)])
+
+    @property
+    def shards(self) -> int:
+        return -(-self.pictures // self.shard)
+
+    def rows(self, number: int) -> range:
+        """The pictures of a shard, by their places in the sorted list."""
+        return range(number * self.shard, min((number + 1) * self.shard, self.pictures))
+
+    def differences(self, other: LabelInfo) -> list[str]:
+        """What is another in ``other``, as text."""
+        here, there = _flat(self.model_dump()), _flat(other.model_dump())
+        return [
+            f"{name}: {_short(here[name])} there, {_short(there[name])} now"
+            for name in here
+            if here[name] != there[name]
+        ]
+
+
+class _Header(_Strict):
+    format: Literal["distillkit-label-maps"] = FORMAT
+    version: int = VERSION
+    maps: LabelInfo
+
+
+class _Shard(_Strict):
+    file: Annotated[str, Field(pattern=r"^maps-[0-9]{5,}\.bin$")]
+    sha256: _Sha256
+    keys: list[_Key]
+    sizes: list[int]
+
+
+class _Manifest(_Header):
+    #: as numpy.dtype takes it, for whoever reads the shards without this module
+    record: list[tuple[str, str] | tuple[str, str, tuple[int, ...]]]
+    skipped: list[_Key]
+    parts: list[_Shard]
+
+
+def encode(scores: Tensor, indices: Tensor, record: np.dtype) -> np.ndarray:
+    """Scores float (N, k, H, W), finite, and class indices (N, k, H, W) as (N,) records."""
+    values, places = scores.detach().cpu().float().numpy(), indices.cpu().numpy()
+    if places.max() > np.iinfo(record["indices"].base).max:
+        raise ValueError(f"class {places.max()} does not fit into {record['indices'].base}: give all classes")
+    records = np.empty(len(values), record)
+    low, high = (limit((1, 2, 3), keepdims=True).astype(np.float64) for limit in (values.min, values.max))
+    step = np.where(high > low, (high - low) / STEPS, 1.0)
+    records["low"], records["high"] = low.reshape(-1), high.reshape(-1)
+    records["steps"] = np.rint((values - low) / step)
+    records["indices"] = places
+    return records
+
+
+def skipped(record: np.dtype) -> np.ndarray:
+    """The (1,) record of a picture that could not be read, and was left out."""
+    records = np.zeros(1, record)
+    records["low"] = records["high"] = np.nan
+    return records
+
+
+def decode(record: np.void) -> tuple[Tensor, Tensor]:
+    """A record as (scores float32 (k, H, W), indices int64 (k, H, W))."""
+    part = record["steps"] / np.float32(STEPS)
+    scores = record["low"] * (1 - part) + record["high"] * part  # exact at both ends, and no difference that overflows
+    return torch.from_numpy(scores), torch.from_numpy(record["indices"].astype(np.int64))
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Of a model's state dict: for every tensor, in the order of their names, name, type, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+class LabelWriter:
+    """Writes label maps, shard by shard, each in one step; going on in a folder that an earlier call left.
+
+    Args:
+        folder: where they go.
+        info: what they are.
+        pictures: what ``info`` says they are of.
+    """
+
+    def __init__(self, folder: str | Path, info: LabelInfo, pictures: PictureList):
+        self.folder, self.info, self.pictures = Path(folder), info, pictures
+
+    def begin(self) -> None:
+        """Make the folder, or check that what it holds can be gone on with. Of several processes only one may.
+
+        Raises:
+            LabelMapError: it holds maps that were made in another way or of other pictures, or files that are no maps.
+        """
+        manifest, job = self.folder / MANIFEST, self.folder / JOB
+        if manifest.is_file() or job.is_file():
+            there = _read(manifest, _Manifest).maps if manifest.is_file() else _read(job, _Header).maps
+            differing = there.differences(self.info)
+            if differing:
+                what = "; ".join(differing)
+                raise LabelMapError(f"{self.folder} holds maps that are not these ({what}): use another folder")
+        elif self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
+            raise LabelMapError(f"{self.folder} holds files that are no label maps: use an empty folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.folder.glob(".*.part"):
+            unfinished.unlink()
+        if not (manifest.is_file() and all(map(self.finished, range(self.info.shards)))):
+            _replace(job, _json(_Header(maps=self.info)))
+            manifest.unlink(missing_ok=True)
+
+    def finished(self, number: int) -> bool:
+        """Whether a shard is there, and whole."""
+        path = self.folder / shard_name(number)
+        return path.is_file() and path.stat().st_size == len(self.info.rows(number)) * self.info.record.itemsize
+
+    def write(self, number: int, records: np.ndarray) -> None:
+        """Write a shard: the records of ``info.rows(number)``."""
+        if records.dtype != self.info.record or len(records) != len(self.info.rows(number)):
+            expected = f"{len(self.info.rows(number))} records of {self.info.record.itemsize} bytes"
+            raise ValueError(f"shard {number}: expected {expected}, got {records.shape} of {records.dtype.itemsize}")
+        _replace(self.folder / shard_name(number), records.tobytes())
+
+    def finish(self) -> None:
+        """Write the manifest, when all shards are there. Of several processes only one may.
+
+        Raises:
+            LabelMapError: some are not.
+        """
+        if (self.folder / MANIFEST).is_file():
+            return
+        gone = [shard_name(number) for number in range(self.info.shards) if not self.finished(number)]
+        if gone:
+            raise LabelMapError(
+                f"{self.folder}: {len(gone)} of {self.info.shards} shards are not there ({_some(gone)}); all processes "
+                "must write to this folder, on a disk that they share; the same command goes on"
+            )
+        parts, left_out = [], []
+        for number in range(self.info.shards):
+            rows = self.info.rows(number)
+            content = (self.folder / shard_name(number)).read_bytes()
+            keys, sizes = self.pictures.keys[rows.start : rows.stop], self.pictures.sizes[rows.start : rows.stop]
+            absent = np.isnan(np.frombuffer(content, self.info.record)["low"])
+            left_out += [keys[row] for row in np.flatnonzero(absent)]
+            digest = hashlib.sha256(content).hexdigest()
+            parts.append(_Shard(file=shard_name(number), sha256=digest, keys=keys, sizes=sizes))
+        record = self.info.record.descr
+        manifest = _Manifest(maps=self.info, record=record, skipped=left_out, parts=parts)
+        _replace(self.folder / MANIFEST, _json(manifest))
+        (self.folder / JOB).unlink(missing_ok=True)
+
+
+def shard_name(number: int) -> str:
+    return f"maps-{number:05d}.bin"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Give a file its content in one step: whatever happens meanwhile, it is the old one or the new one, whole."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _json(value: BaseModel) -> bytes:
+    # in ASCII: names that are no UTF-8 can be written, too
+    return (json.dumps(value.model_dump(mode="json"), indent=1) + "\n").encode("ascii")
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+class LabelStore:
+    """``store[key] -> (scores float32 (k, H, W), indices int64 (k, H, W))`` of label maps in a folder.
+
+    Opening reads the manifest (about a kilobyte of memory for five pictures) and the sizes of the shards; a picture is
+    a slice of a memory map. Loader processes may share it: what they are sent is the path.
+
+    Args:
+        folder: what `distillkit label` wrote.
+
+    Raises:
+        LabelMapError: no maps, or unfinished ones, of a newer version, damaged, or with shards that are gone or
+            broken off.
+
+    Attributes: keys, the names of the pictures that have a map; skipped, those of pictures that could not be read;
+    classes, k, grid, region as ``LabelMaps``; info, everything the manifest says of the maps.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        manifest = self._manifest()
+        self.info = manifest.maps
+        self.classes, self.k, self.grid = self.info.classes, self.info.k, self.info.grid
+        self.region: Region = self.info.region
+        self._parts = manifest.parts
+        self._check_parts(manifest)
+        self.skipped = frozenset(manifest.skipped)
+        self._places = {key: place for place, key in enumerate(key for part in self._parts for key in part.keys)}
+        self._maps: dict[int, np.ndarray] = {}
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for key in self._places if key not in self.skipped]
+
+    def __len__(self) -> int:
+        return len(self._places) - len(self.skipped)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places and key not in self.skipped
+
+    def __getitem__(self, key: str) -> tuple[Tensor, Tensor]:
+        if key not in self:
+            raise LabelMapError(f"{self.folder}: {self._why_not(key)}")
+        number, row = divmod(self._places[key], self.info.shard)
+        if number not in self._maps:
+            # a plain array over the map: numpy.memmap itself is slow to index
+            self._maps[number] = np.asarray(np.memmap(self._path(number), self.info.record, "r"))
+        record = self._maps[number][row]
+        scores, indices = decode(record)
+        if indices.numpy().view(np.uint64).max() >= self.classes or not record["low"] <= record["high"]:
+            raise LabelMapError(
+                f"{self._path(number)}: the map of {key} is no map of {self.classes} classes: {_DAMAGED}"
+            )
+        return scores, indices
+
+    def __reduce__(self) -> tuple[type[LabelStore], tuple[Path]]:
+        return type(self), (self.folder,)
+
+    def check(
+        self,
+        pictures: PictureList | str | Path | Iterable[str] | None = None,
+        annotator: str | nn.Module | None = None,
+        checksums: bool = False,
+    ) -> None:
+        """Refuse maps that are not those that are wanted.
+
+        Args:
+            pictures: a folder, or a ``list_pictures``: exactly these pictures must be mapped, and their files must be
+                as long as they were; or names, which must all have a map.
+            annotator: the name of a model, its ``weights_sha256``, or the model itself.
+            checksums: read all shards, too.
+
+        Raises:
+            LabelMapError: they are not. DataError: the folder cannot be listed.
+        """
+        if annotator is not None:
+            self._check_annotator(annotator)
+        if isinstance(pictures, str | Path):
+            pictures = list_pictures(pictures)
+        if isinstance(pictures, PictureList):
+            self._check_same(pictures)
+        if pictures is not None:
+            self._check_mapped(pictures.keys if isinstance(pictures, PictureList) else pictures)
+        for number, part in enumerate(self._parts if checksums else []):
+            if hashlib.sha256(self._path(number).read_bytes()).hexdigest() != part.sha256:
+                raise LabelMapError(f"{self._path(number)}: the checksum is not that of {MANIFEST}: {_DAMAGED}")
+
+    def _manifest(self) -> _Manifest:
+        path = self.folder / MANIFEST
+        if path.is_file():
+            return _read(path, _Manifest)
+        if (self.folder / JOB).is_file():
+            info = _read(self.folder / JOB, _Header).maps
+            there = sum((self.folder / shard_name(number)).is_file() for number in range(info.shards))
+            raise LabelMapError(
+                f"{self.folder}: unfinished, {there} of {info.shards} shards are there; go on with the same "
+                "`distillkit label` command"
+            )
+        raise LabelMapError(f"{self.folder}: no {MANIFEST} in it: no label maps; make them with `distillkit label`")
+
+    def _check_parts(self, manifest: _Manifest) -> None:
+        """The manifest agrees with itself, and shards are as long as it says."""
+        path = self.folder / MANIFEST
+        expected = [(shard_name(number), len(self.info.rows(number))) for number in range(self.info.shards)]
+        found = [(part.file, len(part.keys)) for part in self._parts]
+        if found != expected or any(len(part.keys) != len(part.sizes) for part in self._parts):
+            raise LabelMapError(f"{path}: its shards are not those of {self.info.pictures} pictures: {_DAMAGED}")
+        if manifest.record != self.info.record.descr:
+            raise LabelMapError(f"{path}: the record is not that of its k, grid and classes: {_DAMAGED}")
+        for number, (_, records) in enumerate(expected):
+            file, length = self._path(number), records * self.info.record.itemsize
+            if not file.is_file():
+                raise LabelMapError(f"{file}: no such file, but the manifest names it: {_DAMAGED}")
+            if file.stat().st_size != length:
+                raise LabelMapError(f"{file}: {file.stat().st_size} bytes, expected {length}: {_DAMAGED}")
+
+    def _check_annotator(self, wanted: str | nn.Module) -> None:
+        own = self.info.annotator
+        names = {weights_sha256(wanted)} if isinstance(wanted, nn.Module) else {wanted}
+        if names.isdisjoint({own.name, own.sha256}):
+            raise LabelMapError(
+                f"{self.folder}: maps of {own.name} (weights sha256 {_short(own.sha256)}), expected those of "
+                f"{_short(names.pop())}: use that annotator's maps, or make them with `distillkit label`"
+            )
+
+    def _check_same(self, pictures: PictureList) -> None:
+        """Of pictures that have no map ``_check_mapped`` tells."""
+        if pictures.sha256 == self.info.images_sha256:
+            return
+        sizes = dict(zip(pictures.keys, pictures.sizes, strict=True))
+        mine = {key: size for part in self._parts for key, size in zip(part.keys, part.sizes, strict=True)}
+        gone = [key for key in mine if key not in sizes]
+        changed = [key for key, size in mine.items() if sizes.get(key, size) != size]
+        where = ", ".join(map(str, pictures.sources[:3]))
+        if gone:
+            what = f"{len(gone)} of its pictures are not in {where} ({_some(gone)})"
+        elif changed:
+            what = f"{len(changed)} pictures in {where} are not as long as they were ({_some(changed)})"
+        else:
+            return
+        raise LabelMapError(f"{self.folder}: {what}: maps of other pictures; name the right ones, or label these")
+
+    def _check_mapped(self, keys: Iterable[str]) -> None:
+        without = [key for key in keys if key not in self]
+        if without:
+            raise LabelMapError(
+                f"{self.folder}: {len(without)} pictures have no map: {self._why_not(without[0])}"
+                + (f"; nor have {_some(without[1:])}" if without[1:] else "")
+            )
+
+    def _why_not(self, key: str) -> str:
+        if key in self.skipped:
+            return f"{key} could not be read and was skipped; take it out of the training pictures"
+        return f"no map of {key}, only of such as {next(iter(self._places))}; label the pictures that you train on"
+
+    def _path(self, number: int) -> Path:
+        return self.folder / shard_name(number)
+
+
+_DAMAGED = "damaged or exchanged; copy the maps again, or delete the file and call `distillkit label` again"
+
+M = TypeVar("M", bound=_Header)
+
+
+def _read(path: Path, kind: type[M]) -> M:
+    """A manifest or a job. Raises LabelMapError, naming the file."""
+    advice = "copy it again, or label the pictures again in another folder"
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise LabelMapError(f"{path}: not JSON ({error}); {advice}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise LabelMapError(f"{path}: not written by distillkit (format is not {FORMAT!r}); name another folder")
+    version = content.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise LabelMapError(f"{path}: version {version}; this distillkit reads up to {VERSION}: install a newer one")
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(map(str, first["loc"]))
+        raise LabelMapError(f"{path}: {at}: {first['msg']}; {advice}") from error
+
+
+def _flat(value: dict[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested dicts as one, by dotted path."""
+    flat: dict[str, object] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {prefix + key: inner}
+    return flat
+
+
+def _short(value: object) -> str:
+    """A value for a message; of a checksum the beginning."""
+    return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else str(value)
+
+
+def _some(names: Sequence[str], shown: int = 3) -> str:
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+
+
+# -- the published format ---------------------------------------------------------------------------------------------
+
+#: float16 holds every whole number up to this one
+EXACT = 2048
+
+
+class ReleaseMaps:
+    """The label maps that TokenLabeling and ReLabel published for ImageNet, and others of their format.
+
+    A file ``<root>/<class folder>/<stem>.pt`` holds one tensor (2, k, H, W) float16: scores, then class indices. The
+    stem is what stands before the first dot of the picture's name, and of a picture's path only the last two parts are
+    looked at. The maps cover the centre square of their pictures. The format says nothing of annotator and pictures.
+
+    Args:
+        root: the folder of the class folders.
+        classes: of the annotator; at most 2049, as float16 holds no larger index for certain.
+
+    Raises:
+        LabelMapError: no maps there, or too many classes; from ``maps[key]``, a file that is not such a map.
+
+    Attributes: classes, k, grid, region as ``LabelMaps``; k and grid are the first map's, and all must have them.
+    """
+
+    region: Region = "center_square"
+
+    def __init__(self, root: str | Path, classes: int = 1000):
+        self.root, self.classes = Path(root), classes
+        if classes > EXACT + 1:
+            raise LabelMapError(
+                f"{root}: {classes} classes, but indices in float16 are wrong above {EXACT}: label the pictures anew, "
+                "with `distillkit label`"
+            )
+        first = next(iter(sorted(self.root.glob("*/*.pt"))), None)
+        if first is None:
+            raise LabelMapError(f"{root}: no <class>/<picture>.pt in it: name the folder of the class folders")
+        shape = read_release_map(first, classes)[0].shape
+        self.k, self.grid = shape[0], (shape[1], shape[2])
+
+    @property
+    def keys(self) -> list[str]:
+        """Class folder and stem of every map, as "n01440764/n01440764_10026"."""
+        return sorted(f"{path.parent.name}/{path.name.removesuffix('.pt')}" for path in self.root.glob("*/*.pt"))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.root.glob("*/*.pt"))
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self._path(key).is_file()
+
+    def __getitem__(self, key: str) -> tuple[Tensor, Tensor]:
+        path = self._path(key)
+        scores, indices = read_release_map(path, self.classes)
+        if scores.shape != (self.k, *self.grid):
+            raise LabelMapError(
+                f"{path}: {tuple(scores.shape)}, other maps here are {(self.k, *self.grid)}: {_DAMAGED}"
+            )
+        return scores, indices
+
+    def check(self, keys: Iterable[str]) -> None:
+        """Raises LabelMapError where pictures have no map, or two of them the same one."""
+        keys = list(keys)
+        seen: dict[Path, str] = {}
+        for key in keys:
+            other = seen.setdefault(self._path(key), key)
+            if other != key:
+                raise LabelMapError(
+                    f"{self._path(key)}: the map of {other} and of {key}, as names end at the first dot: rename the "
+                    "pictures and label them anew, with `distillkit label`"
+                )
+        without = [key for key in keys if key not in self]
+        if without:
+            raise LabelMapError(f"{self.root}: {len(without)} pictures have no map ({_some(without)})")
+
+    def _path(self, key: str) -> Path:
+        if not _stays_inside(key) or "/" not in key:
+            raise LabelMapError(f"{key!r}: expected the path of a picture, as in n01440764/n01440764_10026.JPEG")
+        folder, name = key.split("/")[-2:]
+        return self.root / folder / f"{name.split('.')[0]}.pt"
+
+
+def read_release_map(path: str | Path, classes: int = EXACT) -> tuple[Tensor, Tensor]:
+    """A map of the published format: (scores float32 (k, H, W), indices int64 (k, H, W)). No code in it is run.
+
+    Raises:
+        LabelMapError: no such file, or not such a map, or one with indices that float16 may have changed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LabelMapError(f"{path}: no such file; expected the map of a picture")
+    try:
+        stored = torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # zipfile, pickle and struct raise types of their own for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LabelMapError(f"{path}: not a readable tensor ({reason}): copy it again") from error
+    if not isinstance(stored, Tensor) or stored.dim() != 4 or len(stored) != 2 or not stored.is_floating_point():
+        shape = tuple(stored.shape) if isinstance(stored, Tensor) else type(stored).__name__
+        raise LabelMapError(f"{path}: expected a tensor (2, k, H, W) of scores and class indices, got {shape}")
+    scores, places = stored.float()
+    indices = places.long()
+    if not scores.isfinite().all() or not torch.equal(indices.float(), places) or indices.min() < 0:
+        raise LabelMapError(f"{path}: its second half are no class indices, or a score is not finite: copy it again")
+    if indices.max() >= min(classes, EXACT):
+        raise LabelMapError(
+            f"{path}: class {indices.max()}, expected less than {min(classes, EXACT)}: the maps are of another number "
+            "of classes, or of so many that float16 does not hold them; then label anew, with `distillkit label`"
+        )
+    return scores, indices

@@ -1,0 +1,123 @@
+"""A classifier's predictions on a whole data set, and how right they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from distillkit.data.class_transforms import MEAN, STD
+from distillkit.data.classes import collate
+from distillkit.evaluation.predict import Progress, evaluating
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """Of one class: share of its pictures that were found (recall), of those called so that are (precision, -1 where
+    none is called so), and how many pictures it has."""
+
+    recall: float
+    precision: float
+    pictures: int
+
+
+@dataclass(frozen=True)
+class ClassificationResult:
+    """Scores of a classifier.
+
+    Args:
+        numbers: top1 and top5 (0..1), and loss, the mean cross entropy.
+        classes: by name.
+        confusion: int64 (C, C): pictures of class row that were called column.
+    """
+
+    numbers: dict[str, float]
+    classes: dict[str, ClassRow]
+    confusion: np.ndarray
+
+
+def classify_dataset(
+    model: nn.Module,
+    dataset: Any,
+    batch: int = 64,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    workers: int = 0,
+) -> list[dict[str, Any]]:
+    """Logits (C,) and label of every picture, on the CPU; pictures are normalised as the model says.
+
+    Args:
+        dataset: ``dataset[(0, index)]`` gives (image in 0..1, target with label).
+        progress: called as (pictures done, pictures in all) after each batch.
+    """
+    keys = [(0, i) for i in range(len(dataset))]
+    loader: DataLoader = DataLoader(
+        dataset,
+        batch_sampler=[keys[i : i + batch] for i in range(0, len(keys), batch)],  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=collate,
+        generator=torch.Generator(),  # its own: starting the workers must not move the global one
+    )
+    found: list[dict[str, Any]] = []
+    with evaluating(model), torch.inference_mode():
+        for pictures, targets in loader:
+            logits = model(normalised(model, pictures.to(device))).float().cpu()
+            found += [
+                {"logits": row, "label": int(label)} for row, label in zip(logits, targets["labels"], strict=True)
+            ]
+            if progress is not None:
+                progress(len(found), len(keys))
+    return found
+
+
+def normalised(model: nn.Module, pictures: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in 0..1 as ``model`` wants them: less the mean and over the deviation that it says
+    (timm's ``pretrained_cfg``), else ImageNet's."""
+    mean, std = (pictures.new_tensor(moment)[:, None, None] for moment in moments(model))
+    return (pictures - mean) / std
+
+
+def moments(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of a model's input."""
+    said = getattr(model, "pretrained_cfg", None) or {}
+    return tuple(said.get("mean", MEAN)), tuple(said.get("std", STD))
+
+
+def class_metrics(found: Sequence[dict[str, Any]], classes: Sequence[str]) -> ClassificationResult:
+    """How right predictions are.
+
+    A logit that is not a number is no answer: such a picture counts as wrong. Of equal logits the first counts.
+
+    Raises ValueError where there is no prediction, or another number of classes.
+    """
+    if not found:
+        raise ValueError("there is no prediction to score")
+    logits, labels = torch.stack([f["logits"] for f in found]), torch.tensor([f["label"] for f in found])
+    if logits.shape[1] != len(classes):
+        raise ValueError(f"the model tells {logits.shape[1]} classes apart, the data have {len(classes)}")
+    known = logits.isfinite().all(1)
+    order = logits.nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True)
+    right = (order == labels[:, None]) & known[:, None]
+    said = torch.where(known, order[:, 0], (labels + 1) % len(classes))
+    confusion = np.zeros((len(classes), len(classes)), np.int64)
+    np.add.at(confusion, (labels.numpy(), said.numpy()), 1)
+    true, called = confusion.sum(1), confusion.sum(0)
+    rows = {
+        name: ClassRow(
+            recall=float(confusion[i, i] / true[i]) if true[i] else -1.0,
+            precision=float(confusion[i, i] / called[i]) if called[i] else -1.0,
+            pictures=int(true[i]),
+        )
+        for i, name in enumerate(classes)
+    }
+    numbers = {
+        "top1": float(right[:, :1].any(1).double().mean()),
+        "top5": float(right[:, :5].any(1).double().mean()),
+        "loss": float(nn.functional.cross_entropy(logits.double(), labels)),
+    }
+    return ClassificationResult(numbers, rows, confusion)
