@@ -27,7 +27,7 @@ from distillkit.core.wrap import DistilledModel
 from distillkit.data.coco import CocoDetection, read_coco
 from distillkit.data.coco_rotated import CocoRotated
 from distillkit.data.dota import DOTA_CLASSES, DotaDetection
-from distillkit.data.hrsc import HrscDetection
+from distillkit.data.hrsc import HRSC_CLASSES, HrscDetection
 from distillkit.data.problems import DataError
 from distillkit.data.scenes import Scenes
 from distillkit.data.tiled import TiledDota
@@ -139,6 +139,8 @@ def build_classes(recipe: Recipe) -> Classes:
         if not there.classes:
             raise DataError(there.problems)
         return Classes(there.classes, there.category_ids)
+    if isinstance(data, schema.HrscData):
+        return Classes(HRSC_CLASSES, [1])
     if isinstance(data, schema.VocData):
         names = data.classes or VOC_CLASSES
         return Classes(list(names), list(range(1, len(names) + 1)))
@@ -183,7 +185,9 @@ def build_model(config: schema.AnyModel, classes: int, evaluate: schema.Evaluate
     elif isinstance(config, schema.RotatedGFLModel):
         model = RotatedGFL(classes, groups=math.gcd(config.channels, 32), loss=config.loss, **_pyramid(config))
     elif isinstance(config, schema.RotatedRetinaModel):
-        model = RotatedRetina(classes, loss=config.loss, angle=config.angle, **_pyramid(config))
+        model = RotatedRetina(
+            classes, loss=config.loss, angle=config.angle, convention=config.convention, **_pyramid(config)
+        )
     elif isinstance(config, schema.NanoDetModel):
         model = _nanodet(config, classes)
     else:
