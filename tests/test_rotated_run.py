@@ -23,7 +23,7 @@ from distillkit.data.problems import DataError
 from distillkit.data.scenes import Scenes
 from distillkit.evaluation.submission import SubmissionError
 from distillkit.recipe import RecipeError, load
-from distillkit.training import build
+from distillkit.training import build, checkpoint
 from distillkit.training.check import check
 from distillkit.training.errors import RunError
 from distillkit.training.evaluate import evaluate, evaluate_submission, predicted
@@ -343,8 +343,11 @@ def test_windows_see_objects_as_large_as_training_did(done, tmp_path):
     student = build.build_model(recipe.student, 2, recipe.evaluate)
     build.load_checkpoint(student, weights)
     (of_run,) = [row for row in predicted(recipe, student, data) if row["image_id"] == data.whole.records[0].image_id]
-    assert len(of_run["boxes"]) == len(rows)
-    assert abs(float(of_run["scores"][0]) - max(row["score"] for row in rows)) < 0.02  # resized by Pillow, or by torch
+    # pixels differ a little: these were resized by torch, those of the run by Pillow
+    assert len(of_run["boxes"]) == pytest.approx(len(rows), rel=0.05)
+    best = max(rows, key=lambda row: row["score"])
+    assert best["score"] == pytest.approx(float(of_run["scores"][0]), abs=0.02)
+    assert best["rotated_bbox"][2:4] == pytest.approx(of_run["boxes"][0, 2:4].tolist(), rel=0.1)
 
 
 def test_nothing_is_found_in_the_padding_of_tiles(tmp_path):
@@ -367,7 +370,8 @@ def test_trained_weights_need_no_others(tmp_path, monkeypatch):
     made = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: made(*a, **{**k, "pretrained": False}))
     recipe = written_recipe(tmp_path, **{"student.pretrained": "true"})
-    build.checkpoint.save_weights(tmp_path / "w.safetensors", named_model(recipe, "student", 2).state_dict())
+    student = build.build_model(recipe.student, 2, recipe.evaluate)
+    checkpoint.save_weights(tmp_path / "w.safetensors", student.state_dict())
 
     def offline(*args, **options):
         assert not options.get("pretrained")

@@ -13,13 +13,13 @@ from rich.progress import Progress as ProgressBar
 from torch import nn
 
 from distillkit import schema
-from distillkit.data.rotated import RotatedDetection, RotatedRecord
+from distillkit.data.rotated import RotatedDetection
 from distillkit.data.tiled import TiledDota
 from distillkit.evaluation.coco import CocoResult, coco_metrics
 from distillkit.evaluation.predict import Progress, predict_dataset
 from distillkit.evaluation.rotated import RotatedResult, rotated_metrics
 from distillkit.evaluation.submission import Task, check_names, horizontal, read_submission, write_submission
-from distillkit.evaluation.whole import merge_tiles
+from distillkit.evaluation.whole import merge_tiles, within
 from distillkit.schema import Recipe
 from distillkit.training import build
 from distillkit.training.build import DetectionData
@@ -71,16 +71,10 @@ def whole(recipe: Recipe, found: Sequence[dict[str, Any]], data: TiledDota) -> l
     """Predictions on tiles as predictions on the pictures they were cut from."""
     records = {record.path.stem: record for record in data.whole.records}
     merged = merge_tiles(found, data.places, recipe.evaluate.iou)  # evaluate.most is of a tile, and done
-    return [_inside(prediction, records[name]) for name, prediction in merged.items()]
-
-
-def _inside(prediction: dict[str, Any], record: RotatedRecord) -> dict[str, Any]:
-    """Without what was found in the padding of tiles."""
-    height, width = record.size
-    x, y = prediction["boxes"][:, 0], prediction["boxes"][:, 1]
-    there = (x >= 0) & (y >= 0) & (x <= width) & (y <= height)
-    kept = {key: prediction[key][there] for key in ("boxes", "scores", "labels")}
-    return {**prediction, **kept, "image_id": record.image_id}
+    return [
+        {**within(prediction, records[name].size), "image_id": records[name].image_id}
+        for name, prediction in merged.items()
+    ]
 
 
 def submit(folder: Path, found: Sequence[dict[str, Any]], data: RotatedDetection, task: Task) -> Path:
