@@ -12,7 +12,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from distillkit.boxes.rotated import corners
-from distillkit.data import detection
+from distillkit.data import check as checking
+from distillkit.data import detection, large
 from distillkit.data.check import check_dataset
 from distillkit.data.coco_rotated import CocoRotated, read_coco_rotated
 from distillkit.data.dota import DOTA_CLASSES, DotaDetection, read_dota
@@ -171,6 +172,16 @@ def test_all_mistakes_of_a_folder_are_listed_at_once(tmp_path):
     assert len(lines) == 8
 
 
+def test_labels_of_a_version_that_are_packed_still_are_no_others(tmp_path):
+    root = dota(tmp_path, {"a": f"{SQUARE} ship 0\n"})
+    (root / "train" / "labelTxt-v1.5").mkdir()
+    (root / "train" / "labelTxt-v1.5" / "DOTA-v1.5_train.zip").write_bytes(b"")
+    problem, *_ = read_dota(root, "train", "v1.5").problems
+    assert problem.fatal
+    assert "labelTxt-v1.5: there is no label file (.txt) in it" in str(problem)
+    assert not read_dota(root, "train", "v1.0").problems
+
+
 def test_missing_folders_and_empty_splits_are_named(tmp_path):
     assert re.search("train/images: no such folder", found(tmp_path)[0])
     (tmp_path / "train/images").mkdir(parents=True)
@@ -212,6 +223,9 @@ def test_a_picture_that_is_too_large_to_be_read_whole_is_checked_in_parts(tmp_pa
     pytest.importorskip("pyvips")
     split = read_dota(dota(tmp_path, {"a": ""}), "train", CLASSES)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for module in (checking, large):
+        monkeypatch.setattr(module, "SMALL", 500)
+    monkeypatch.setattr(large, "_PillowWindows", None)  # nothing decodes it whole
     assert [p for p in check_dataset(split) if p.fatal] == []
     with pytest.raises(DataError, match=r"too large to be read whole .* cut it into tiles \(distillkit tile\)"):
         detection.read_picture(split.records[0])

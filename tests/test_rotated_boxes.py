@@ -23,6 +23,7 @@ from distillkit.boxes.rotated import (
     to_torchvision,
     upright,
 )
+from distillkit.boxes.rotated_iou import aligned_rotated_iou
 
 RANGES = {
     "le90": (-math.pi / 2, math.pi / 2),
@@ -92,6 +93,17 @@ def test_smallest_box_around_any_four_points() -> None:
     quads[:50, 3] = quads[:50, 0]  # triangles
     for box, quad in zip(from_corners(quads), quads, strict=True):
         assert_smallest(box, quad)
+
+
+def test_equally_small_rectangles_are_told_apart_at_every_scale() -> None:
+    """Three of four points alone span the smallest rectangle: along either of two sides it is as large."""
+    g = torch.Generator().manual_seed(0)
+    quads = torch.rand(4000, 4, 2, generator=g, dtype=torch.float64) * 100
+    quads[:, 3] = quads[:, 0] + 0.4 * (quads[:, 1] - quads[:, 0]) + 0.3 * (quads[:, 2] - quads[:, 0])  # inside
+    boxes = from_corners(quads)
+    for scale in (4 / 3, 0.37, 5.1):
+        scaled = from_corners(quads * scale)
+        assert aligned_rotated_iou(boxes * boxes.new_tensor([scale, scale, scale, scale, 1]), scaled).min() > 1 - 1e-6
 
 
 def test_points_on_a_line_and_in_one_place() -> None:

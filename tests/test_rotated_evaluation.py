@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from distillkit.boxes.rotated import corners, upright
+from distillkit.boxes.rotated import corners, from_corners, upright
 from distillkit.boxes.rotated_iou import pairwise_rotated_iou
 from distillkit.data.tile import Tile
 from distillkit.evaluation import rotated, submission
@@ -343,7 +343,7 @@ def test_a_submission_read_back_scores_the_same(data, tmp_path, task, zipped):
     assert back.task == task
     assert all(torch.equal(p["scores"], b["scores"].float()) for p, b in zip(predictions, back.predictions))
     if task == "Task2":
-        truth = horizontal(truth)
+        truth = horizontal([one | {"quads": corners(one["boxes"])} for one in truth])
         flat = [
             [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, 0]
             for one in predictions
@@ -354,6 +354,16 @@ def test_a_submission_read_back_scores_the_same(data, tmp_path, task, zipped):
     expected, got = (rotated_metrics(side, truth, classes) for side in (predictions, back.predictions))
     assert got.numbers == pytest.approx(expected.numbers, abs=1e-12)
     assert 0.1 < got.ap < 0.9
+
+
+def test_the_truth_of_task2_is_around_the_points_as_annotated():
+    """And not around the smallest rectangle around them, which reaches further."""
+    quads = torch.tensor([[[0.0, 0], [30, 5], [40, 30], [5, 40]], [[10, 10], [50, 20], [45, 60], [20, 30]]])
+    truth = [picture([A, A]) | {"quads": quads, "boxes": from_corners(quads)}]
+    (one,) = horizontal(truth)
+    wanted = torch.tensor([[0.0, 0, 40, 40], [10, 10, 50, 60]])
+    assert torch.allclose(upright(one["boxes"]), wanted.to(one["boxes"].dtype))
+    assert (upright(truth[0]["boxes"]) - wanted).abs().max() > 1
 
 
 def test_a_submission_replaces_an_earlier_one_whole_and_nothing_else(data, tmp_path):

@@ -14,6 +14,7 @@ from distillkit.adapters.rotated_gfl import RotatedGFLHead, rotated_gfl
 from distillkit.adapters.rotated_retina import rotated_retina
 from distillkit.boxes.anchors import grid_anchors, grid_points
 from distillkit.boxes.assign import atss
+from distillkit.boxes.distribution import integral
 from distillkit.boxes.fcos import FCOSMain
 from distillkit.boxes.maps import Maps
 from distillkit.boxes.max_iou import MaxIoUMain, MaxIoUValuable
@@ -32,6 +33,7 @@ from distillkit.boxes.rotated_iou import aligned_rotated_iou
 from distillkit.core.errors import AdapterError, ViewError
 from distillkit.distillers.feature_imitation import inside_boxes
 from distillkit.losses.focal import distribution_focal, periodic_distribution_focal
+from distillkit.losses.gaussian import kld_loss
 from distillkit.losses.gfl import gfl_losses
 from distillkit.losses.rotated_gfl import rotated_losses
 from distillkit.losses.rotated_retina import retina_losses, retina_targets
@@ -355,6 +357,32 @@ def test_every_loss_of_rotated_retina_is_right_in_both_paths(loss):
         losses = retina_losses(*views, anchors, target, model.support, loss, dense)
         results.append((losses, torch.autograd.grad(sum(losses.values()), model.head.retina_reg.weight)[0]))
     same(*results)
+
+
+def test_kld_as_released_divides_level_by_level():
+    model = small("retina", loss="kld", convention="release")
+    images, targets = scene()
+    targets[1]["boxes"] = torch.tensor([[30.0, 45, 60, 90, 0.2]])  # an object of a coarser level
+    batch, sizes = model.batch(images)
+    classes, edges = model.forward_raw(batch)
+    views = Maps(tuple(classes), (3,), 9), Maps(tuple(edges), (5, 9), 9)
+    anchors = anchors_of(views[0].sizes, STRIDES, 0.0)
+    target = retina_targets(anchors, 3, [t["boxes"] for t in targets], [t["labels"] for t in targets], sizes)
+    deltas = integral(views[1].all(), model.support)
+    wanted = 0.0
+    levels = torch.arange(len(STRIDES)).repeat_interleave(torch.tensor(views[0].counts))
+    for level in range(len(STRIDES)):
+        here = (target.labels < 3) & (levels == level)
+        if here.any():
+            picture, anchor = here.nonzero(as_tuple=True)
+            boxes = decode_deltas(anchors[anchor], deltas.view(len(images), -1, 5)[picture, anchor])
+            wanted += float(kld_loss(boxes, target.boxes[here]).mean().detach())
+    assert len(levels[(target.labels < 3).any(0)].unique()) > 1
+    for dense in (False, True):
+        losses = retina_losses(*views, anchors, target, model.support, "kld", dense, "release")
+        assert float(losses["loss_bbox"].detach()) == pytest.approx(wanted, rel=1e-5)
+    other = retina_losses(*views, anchors, target, model.support, "kld")["loss_bbox"]
+    assert float(other.detach()) != pytest.approx(wanted, rel=1e-3)
 
 
 def same(gathered: tuple[dict[str, Tensor], Tensor], dense: tuple[dict[str, Tensor], Tensor]) -> None:

@@ -23,11 +23,12 @@ from distillkit.data.problems import DataError
 from distillkit.data.scenes import Scenes
 from distillkit.evaluation.submission import SubmissionError
 from distillkit.recipe import RecipeError, load
-from distillkit.training import build
+from distillkit.training import build, checkpoint
 from distillkit.training.check import check
 from distillkit.training.errors import RunError
-from distillkit.training.evaluate import evaluate, evaluate_submission
+from distillkit.training.evaluate import evaluate, evaluate_submission, predicted
 from distillkit.training.export import export
+from distillkit.training.named import named_model
 from distillkit.training.predict import predict
 from distillkit.training.run import run
 from distillkit.training.tiles import cut_tiles
@@ -258,7 +259,134 @@ def test_ld_dota_is_the_published_setting():
     assert (ld.region, kd.region) == (Merged(), Merged())
     assert (ld.temperature, ld.weight.value, ld.convention) == (5, 10, "release")
     assert (kd.temperature, kd.weight.value, kd.convention, kd.anchor_weight) == (5, 20, "release", "iou")
-    assert (recipe.train.epochs, recipe.data.size, recipe.student.angle) == (12, [1024, 1024], "le90")
+    data, train, teacher = recipe.data, recipe.train, recipe.teacher
+    assert (data.size, data.batch, data.tiles.size, data.tiles.overlap) == ([1024, 1024], 2, 1024, 200)
+    assert (data.augment.flip, data.augment.flip_vertical, data.augment.flip_diagonal) == (0.25, 0.25, 0.25)
+    assert (data.teach_difficult, data.skip_empty, data.classes) == (True, True, "v1.0")
+    assert (train.epochs, train.clip, train.freeze_bn) == (12, 35, True)
+    optimizer = train.optimizer
+    assert (optimizer.kind, optimizer.lr, optimizer.momentum, optimizer.weight_decay) == ("sgd", 0.0025, 0.9, 1e-4)
+    assert (train.schedule.milestones, train.schedule.warmup, train.schedule.warmup_factor) == ([8, 11], 500, 0.333)
+    assert (teacher.backbone, recipe.student.backbone) == ("resnet34.tv_in1k", "resnet18.tv_in1k")
+    assert teacher.train == {"epochs": 24, "schedule": {"milestones": [16, 22]}}
+    for model in (teacher, recipe.student):
+        assert (model.kind, model.angle, model.loss, model.bins, model.frozen_stages) == (
+            "rotated-retina", "le90", "gwd", 9, 1,
+        )  # fmt: skip
+    assert recipe.evaluate.submission == "Task1"
+
+
+def written_recipe(folder, **changes):
+    """The recipe of these tests on a new set of ``folder``."""
+    if not (folder / "set").exists():
+        folder_of_scenes(folder / "set")
+    text = RECIPE.replace("ROOT", str(folder / "set")).replace("KIND", "rotated-gfl")
+    (folder / "turned.yaml").write_text(text)
+    return load(folder / "turned.yaml", [f"output={folder}", *(f"{key}={value}" for key, value in changes.items())])
+
+
+def test_check_reads_a_test_split_that_a_run_does_not_judge_on(tmp_path):
+    recipe = written_recipe(tmp_path, **{"data.test": "val"})
+    assert [f for f in check(recipe) if f.level == "error"] == []
+
+
+def test_check_blames_only_the_broken_split(tmp_path):
+    recipe = written_recipe(tmp_path)
+    labels = tmp_path / "set" / "val" / "labelTxt" / "P0.txt"
+    labels.write_text(labels.read_text() + "1 2 3 4 5 6 7 even 0\n")
+    wrong = [f for f in check(recipe) if f.level == "error"]
+    assert [f.where for f in wrong] == ["data.val"]
+    assert "7 coordinates" in wrong[0].what
+
+
+def test_check_says_when_nothing_is_left_to_learn(tmp_path):
+    recipe = written_recipe(tmp_path)
+    for labels in (tmp_path / "set" / "train" / "labelTxt").glob("*.txt"):
+        labels.write_text(labels.read_text().replace(" 0\n", " 1\n"))
+    wrong = [f.what for f in check(recipe) if f.level == "error"]
+    assert len(wrong) == 1
+    assert "skip_empty leaves out all others" in wrong[0]
+
+
+def test_difficult_objects_are_taught_where_the_recipe_says_so(tmp_path):
+    recipe = written_recipe(tmp_path, **{"data.tiles": "null", "data.teach_difficult": "true"})
+    there = [len(Scenes(3, (160, 200), 0, "train", (2, 4), turn=60).scene(i).labels) for i in range(3)]
+    assert build.build_data(recipe, "train", augmented=True).usable_boxes == sum(there)
+    without = written_recipe(tmp_path, **{"data.tiles": "null"})
+    assert build.build_data(without, "train", augmented=True).usable_boxes == there[0] + there[2]
+
+
+def test_names_and_files_are_checked_before_anything_is_predicted(done, tmp_path):
+    good = done.file.parent / "set" / "val" / "images" / "P0.png"
+    (tmp_path / "in").mkdir()
+    for name in ("A.png", "B b.png"):
+        (tmp_path / "in" / name).write_bytes(good.read_bytes())
+    with pytest.raises(SubmissionError, match="'B b' is empty or has white space"):
+        predict(done.recipe, "student", [tmp_path / "in"], tmp_path / "out", "Task1")
+    (tmp_path / "in" / "B b.png").write_bytes(b"no picture")
+    with pytest.raises(RunError, match=r"B b\.png"):
+        predict(done.recipe, "student", [tmp_path / "in"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_windows_see_objects_as_large_as_training_did(done, tmp_path):
+    """Tiles of 48 pixels that the network gets at 96: a picture is looked at twice as large, in as many windows."""
+    recipe = load(done.file, [f"output={tmp_path}", "data.tiles.size=48", "data.tiles.overlap=16"])
+    weights = done.folder / "student" / "final.safetensors"
+    seen = []
+    picture = done.file.parent / "set" / "val" / "images" / "P0.png"
+    rows = predict(recipe, weights, [picture], tmp_path, None, lambda *said: seen.append(said))
+    cut_tiles(recipe, ["val"])
+    tiles = list((build.tiles_folder(recipe, recipe.data, recipe.data.tiles) / "val" / "images").glob("P0__*"))
+    assert ("P0.png", len(tiles), len(tiles)) in seen
+    data = build.build_data(recipe, "val", augmented=False)
+    student = build.build_model(recipe.student, 2, recipe.evaluate)
+    build.load_checkpoint(student, weights)
+    (of_run,) = [row for row in predicted(recipe, student, data) if row["image_id"] == data.whole.records[0].image_id]
+    # pixels differ a little: these were resized by torch, those of the run by Pillow
+    assert len(of_run["boxes"]) == pytest.approx(len(rows), rel=0.05)
+    best = max(rows, key=lambda row: row["score"])
+    assert best["score"] == pytest.approx(float(of_run["scores"][0]), abs=0.02)
+    assert best["rotated_bbox"][2:4] == pytest.approx(of_run["boxes"][0, 2:4].tolist(), rel=0.1)
+
+
+def test_nothing_is_found_in_the_padding_of_tiles(tmp_path):
+    recipe = written_recipe(tmp_path, **{"data.tiles.size": 256, "data.size": 256})
+    cut_tiles(recipe, ["train", "val"])
+    data = build.build_data(recipe, "val", augmented=False)
+
+    class Everywhere(torch.nn.Module):
+        def forward(self, images):
+            boxes = torch.tensor([[100.0, 80, 20, 10, 0.3], [240, 80, 20, 10, 0.3], [100, 200, 20, 10, 0.3]])
+            return [{"boxes": boxes, "scores": torch.ones(3), "labels": torch.zeros(3).long()} for _ in images]
+
+    found = predicted(recipe, Everywhere(), data)
+    assert [row["boxes"].tolist() for row in found] == [[pytest.approx([100, 80, 20, 10, 0.3])]] * 3
+
+
+def test_trained_weights_need_no_others(tmp_path, monkeypatch):
+    import timm
+
+    made = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: made(*a, **{**k, "pretrained": False}))
+    recipe = written_recipe(tmp_path, **{"student.pretrained": "true"})
+    student = build.build_model(recipe.student, 2, recipe.evaluate)
+    checkpoint.save_weights(tmp_path / "w.safetensors", student.state_dict())
+
+    def offline(*args, **options):
+        assert not options.get("pretrained")
+        return made(*args, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    named_model(recipe, str(tmp_path / "w.safetensors"), 2)
+
+
+def test_the_classes_of_ships_need_no_data(tmp_path):
+    hrsc = "task: rotated-detection\ndata: {kind: hrsc, root: /nowhere}\nstudent: {kind: rotated-gfl}\n"
+    (tmp_path / "ships.yaml").write_text(hrsc)
+    recipe = load(tmp_path / "ships.yaml")
+    assert build.build_classes(recipe) == (["ship"], [1])
+    assert recipe.data.keep_ratio
 
 
 @pytest.mark.parametrize(("change", "words"), [("a b", "white space"), (None, "cannot be part of a file's name")])

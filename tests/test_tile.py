@@ -205,6 +205,15 @@ def test_only_what_changed_is_cut_again(tmp_path, monkeypatch):
     assert content(out) == content(tmp_path / "fresh")
 
 
+def test_a_lost_label_file_is_written_again(tmp_path):
+    root = source(tmp_path / "set", {"a": (300, 300)})
+    tile(root, "train", tmp_path / "out", CLASSES, Tiling(128, 32))
+    before = content(tmp_path / "out")
+    next((tmp_path / "out" / "train" / "labelTxt").iterdir()).unlink()
+    tile(root, "train", tmp_path / "out", CLASSES, Tiling(128, 32))
+    assert content(tmp_path / "out") == before
+
+
 def test_other_arguments_and_other_pictures_are_errors(tmp_path):
     root, out = source(tmp_path / "raw", {"a": (64, 64), "b": (64, 64)}), tmp_path / "out"
     tile(root, "train", out, CLASSES, SMALL)

@@ -14,6 +14,7 @@ from distillkit.boxes.precision import at_least_float32
 Convention = Literal["le90", "le135", "oc"]
 CORNERS = ((-1, -1), (1, -1), (1, 1), (-1, 1))
 PAIRS = ((0, 1), (1, 2), (2, 3), (3, 0), (0, 2), (1, 3))
+SAME = 1 + 1e-9  # measures closer than by this factor are equal but for rounding
 
 
 def corners(boxes: Tensor) -> Tensor:
@@ -85,11 +86,22 @@ def _smallest(points: Tensor, directions: Tensor) -> Tensor:
     places = torch.stack([along, across], 2) @ (points - corner).mT[:, None]  # (k, D, 2, P)
     low, high = places.amin(-1), places.amax(-1)
     size = high - low
-    best = size.prod(-1).argmin(1)
+    best = _first_smallest(size)
     row = torch.arange(len(points), device=points.device)
     along, across, size, centre = along[row, best], across[row, best], size[row, best], (low + high)[row, best] / 2
     place = corner[:, 0] + centre[:, :1] * along + centre[:, 1:] * across
     return torch.cat([place, size, torch.atan2(along[:, 1:], along[:, :1])], 1)
+
+
+def _first_smallest(size: Tensor) -> Tensor:
+    """(k, D, 2) -> (k,): the least area, of equal ones the least perimeter, of those the first. Where three points make
+    a rectangle several are as small, and rounding must not choose among them."""
+    area, perimeter = size.prod(-1), size.sum(-1)
+    least = area <= area.amin(1, keepdim=True) * SAME
+    perimeter = torch.where(least, perimeter, torch.inf)
+    least = perimeter <= perimeter.amin(1, keepdim=True) * SAME
+    places = torch.arange(size.shape[1], device=size.device)
+    return torch.where(least, places, size.shape[1]).amin(1)
 
 
 def _hull(points: Tensor) -> Tensor:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from PIL import Image
-
 from distillkit.data.detection import Pictured, Split, check_size, read_picture
-from distillkit.data.large import open_windows
+from distillkit.data.large import SMALL, open_windows
 from distillkit.data.problems import DataError, Problem
 
 Progress = Callable[[int, int], None]
 
-STRIP = 1024  # rows that are decoded at once of pictures that Pillow refuses
+STRIP = 1024  # rows that are decoded at once of large pictures
 
 
 def check_dataset(split: Split[Any], progress: Progress | None = None) -> Iterator[Problem]:
@@ -39,7 +37,7 @@ def check_dataset(split: Split[Any], progress: Progress | None = None) -> Iterat
 def _decode(record: Pictured) -> None:
     """Decode a picture in full. Raises DataError, with one problem, where that cannot be done."""
     height, width = record.size
-    if height * width <= 2 * (Image.MAX_IMAGE_PIXELS or height * width):
+    if height * width <= SMALL:
         read_picture(record)
         return
     windows = open_windows(record.path)

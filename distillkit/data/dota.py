@@ -121,7 +121,9 @@ def _label_folder(folder: Path, classes: str | Sequence[str]) -> Path:
     if isinstance(classes, str):
         own = folder / f"labelTxt-{classes}"
         places = [own / f"DOTA-{classes}_{folder.name}", own / "labelTxt", own]
-    return next((place for place in places if any(place.glob("*.txt"))), folder / "labelTxt")
+        if own.is_dir():  # packed still: the labels of another version beside it are not meant
+            return next((place for place in places if any(place.glob("*.txt"))), own)
+    return folder / "labelTxt"
 
 
 def _unmatched(pictures: dict[str, Path], labels: Path) -> list[Problem]:
@@ -130,6 +132,8 @@ def _unmatched(pictures: dict[str, Path], labels: Path) -> list[Problem]:
         remedy = "correct root or split; labels are in split/labelTxt. For pictures without labels: distillkit predict"
         return [Problem(str(labels), None, "no such folder", remedy)]
     stems = {path.stem for path in labels.glob("*.txt")}
+    if not stems:
+        return [Problem(str(labels), None, "there is no label file (.txt) in it", "unpack the archive of labels there")]
     problems = [
         Problem(
             str(labels / f"{stem}.txt"),

@@ -15,6 +15,7 @@ from distillkit.data.rotated import QuadRow, RotatedDetection, RotatedRecord, Ro
 from distillkit.data.transforms import Transform
 from distillkit.data.voc import number, stems_of, tree_of
 
+HRSC_CLASSES = ["ship"]
 BOX = ("mbox_cx", "mbox_cy", "mbox_w", "mbox_h", "mbox_ang")
 
 
@@ -59,7 +60,7 @@ def read_hrsc(root: str | Path, split: str) -> RotatedSplit:
         findings.problems += inside.problems
         if record is not None:
             records.append(record)
-    return Split(str(path), ["ship"], [1], records, findings.problems)
+    return Split(str(path), HRSC_CLASSES, [1], records, findings.problems)
 
 
 def _record(folder: Path, stem: str, image_id: int, findings: Findings) -> RotatedRecord | None:

@@ -96,12 +96,14 @@ class RotatedDetection(Pictures[RotatedRecord]):
     def truth(self) -> list[dict[str, Any]]:
         """What evaluation compares with, one dict a picture, in order, every object of the annotations included.
 
-        image_id int, boxes float64 (k, 5) in pixels of the picture on disk, labels int64 (k,), difficult bool (k,).
+        image_id int, boxes float64 (k, 5) in pixels of the picture on disk, quads float64 (k, 4, 2) the points as they
+        were annotated, labels int64 (k,), difficult bool (k,).
         """
         return [
             {
                 "image_id": record.image_id,
                 "boxes": from_corners(torch.from_numpy(record.quads)),
+                "quads": torch.from_numpy(record.quads),
                 "labels": torch.from_numpy(record.labels),
                 "difficult": torch.from_numpy(record.difficult),
             }

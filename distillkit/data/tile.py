@@ -185,6 +185,8 @@ def _done(folder: Path, records: list[RotatedRecord]) -> dict[str, dict[str, Any
             f"{folder} holds tiles of {len(gone)} pictures that are not in the split ({shown}): use another folder"
         )
     there = {picture.stem for picture in (folder / "images").iterdir()}
+    if (folder / "labelTxt").is_dir():
+        there &= {text.stem for text in (folder / "labelTxt").iterdir()}
     marks = {record.path.stem: _mark(record) for record in records if record.path.stem in rows}
     return {n: row for n, row in rows.items() if row["source"] == marks[n] and there.issuperset(row["tiles"])}
 

@@ -104,6 +104,12 @@ def check_names(names: Mapping[int, str], classes: Sequence[str]) -> None:
             )
 
 
+def check_writable(folder: Path, names: Mapping[int, str], classes: Sequence[str]) -> None:
+    """Raises SubmissionError where ``write_submission`` would, whatever the predictions are."""
+    check_names(names, classes)
+    _check_replaceable(folder)
+
+
 def read_submission(path: str | Path, names: Mapping[int, str], classes: Sequence[str]) -> Submission:
     """Read a submission from a folder or a zip archive. Nothing is unpacked to the disk.
 
@@ -131,8 +137,9 @@ def read_submission(path: str | Path, names: Mapping[int, str], classes: Sequenc
 
 
 def horizontal(truth: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The truth of a data set for Task2: every box (k, 5) becomes the upright one around it."""
-    return [{**picture, "boxes": _level(upright(torch.as_tensor(picture["boxes"])))} for picture in truth]
+    """The truth of a data set for Task2: the upright boxes around the four points that were annotated (``quads``)."""
+    around = [torch.cat([quads.amin(1), quads.amax(1)], 1) for quads in (picture["quads"] for picture in truth)]
+    return [{**picture, "boxes": _level(boxes)} for picture, boxes in zip(truth, around, strict=True)]
 
 
 def _write_picture(

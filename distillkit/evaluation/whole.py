@@ -100,9 +100,9 @@ def predict_whole(
         most: boxes to be kept, the best; None: all.
         progress: called as (windows done, windows in all) after each batch.
 
-    Returns boxes float32 (k, 5) in pixels of the picture, scores (k,) falling, labels (k,), on the CPU, and size and
-    scale (1, 1) of the picture: with an image_id, what ``rotated_metrics`` takes. The picture is never held as a whole:
-    memory is that of one batch and of the boxes found.
+    Returns boxes float32 (k, 5) in pixels of the picture, centred in it, scores (k,) falling, labels (k,), on the CPU,
+    and size and scale (1, 1) of the picture: with an image_id, what ``rotated_metrics`` takes. The picture is never
+    held as a whole: memory is that of one batch and of the boxes found.
 
     Raises ValueError for a window that is not larger than the overlap, scales that are not positive, and a model that
     returns another number of results or no rotated boxes.
@@ -116,7 +116,14 @@ def predict_whole(
             found += _of_windows(model, picture, windows[i : i + batch], device)
             if progress is not None:
                 progress(len(found), len(windows))
-    return _merged(found, iou, most) | {"size": picture.size, "scale": (1.0, 1.0)}
+    return within(_merged(found, iou, most), picture.size) | {"size": picture.size, "scale": (1.0, 1.0)}
+
+
+def within(prediction: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """A prediction without the boxes whose centre is outside the picture (height, width): those in a tile's padding."""
+    x, y = prediction["boxes"][:, 0], prediction["boxes"][:, 1]
+    there = (x >= 0) & (y >= 0) & (x <= size[1]) & (y <= size[0])
+    return {**prediction, **{key: prediction[key][there] for key in ("boxes", "scores", "labels")}}
 
 
 def merge_tiles(

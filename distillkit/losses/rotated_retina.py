@@ -80,12 +80,14 @@ def retina_losses(
     support: Tensor,
     loss: GaussianLoss = "gwd",
     dense: bool | None = None,
+    convention: Literal["default", "release"] = "default",
 ) -> dict[str, Tensor]:
     """Focal loss (alpha 0.25, gamma 2) and box loss of a batch, both divided by the number of positives.
 
     Each picture counts at least one positive; the number is the mean over ranks. The release divides KLD by the
-    positives of each level instead, and adds the levels up: there an object alone on its level counts as much as all of
-    another level together, and the weight 1 means up to as many times more as there are levels.
+    positives of each level of this process instead, and adds the levels up (``convention="release"``): there an object
+    alone on its level counts as much as all of another level together, and the weight 1 means up to as many times more
+    as there are levels.
 
     Args:
         classes: logits, (C,) an anchor.
@@ -93,6 +95,7 @@ def retina_losses(
         anchors: (N, 4) pixels.
         support: (5, K) values of the bins.
         loss: "gwd", weight 5, or "kld", weight 1.
+        convention: of the box loss, as above; GWD is the same in both.
         dense: compute the box loss on all anchors with weight 0 outside the positives, which waits for no device; None:
             only where the maps are not on the CPU.
 
@@ -112,7 +115,13 @@ def retina_losses(
     wanted = torch.nn.functional.one_hot(target.labels, classes.shape[0] + 1)[..., :-1].to(logits.dtype)
     focal = sigmoid_focal_loss(logits, wanted, alpha=0.25, gamma=2).sum(-1)
     positives = mean_over_ranks(positive.sum(1).clamp(min=1).sum().to(logits.dtype))
+    divisor = positives
+    if convention == "release" and loss == "kld":
+        level = torch.arange(len(classes.counts), device=device).repeat_interleave(
+            torch.tensor(classes.counts, device=device)
+        )
+        divisor = torch.stack([part.sum() for part in positive.split(classes.counts, 1)])[level[rows % len(anchors)]]
     return {
         "loss_cls": (focal * target.counted).sum() / positives,
-        "loss_bbox": weight * (distance * positive.flatten()[rows]).sum() / positives,
+        "loss_bbox": weight * (distance * positive.flatten()[rows] / divisor.clamp(min=1)).sum(),
     }

@@ -6,3 +6,4 @@ VOLO is not here: timm has it.
 from distillkit.models import deepvit as deepvit
 from distillkit.models import lvvit as lvvit
 from distillkit.models import refiner as refiner
+from distillkit.models import vip as vip

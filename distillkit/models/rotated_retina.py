@@ -10,7 +10,7 @@ Modules are named as in OpenMMLab's detectors (``backbone``, ``neck``, and ``hea
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack, cast, get_args
+from typing import Any, Literal, Unpack, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,7 @@ class RotatedRetina(PyramidDetector):
         angle: how boxes are written ("oc" as released, "le90", "le135"; see ``boxes.rotated.normalize``): those that it
             predicts, and the objects' as distillers see them. Its losses are the same in each; of the regions only
             those with ``overlap="angle-free"`` differ.
+        convention: ``release``: KLD divided level by level, see ``retina_losses``.
         freeze_bn, frozen_stages, mean, std: as in ``PyramidDetector``.
 
     Attributes:
@@ -105,15 +106,17 @@ class RotatedRetina(PyramidDetector):
         bins: int = 9,
         loss: GaussianLoss = "gwd",
         angle: Convention = "oc",
+        convention: Literal["default", "release"] = "default",
         **options: Unpack[PyramidOptions],
     ):
-        for name, value, known in (("loss", loss, GaussianLoss), ("angle", angle, Convention)):
+        words: list[tuple[str, str, Any]] = [("loss", loss, GaussianLoss), ("angle", angle, Convention)]
+        for name, value, known in (*words, ("convention", convention, Literal["default", "release"])):
             if value not in get_args(known):
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}, got {value!r}")
         super().__init__(
             num_classes, backbone, pretrained, strides=strides, channels=channels, extra="input", **options
         )
-        self.bins, self.loss, self.angle = bins, loss, angle
+        self.bins, self.loss, self.angle, self.convention = bins, loss, angle, convention
         self.inference = AS_PUBLISHED
         self.head = RotatedRetinaHead(num_classes, channels, convs, bins)
         self.register_buffer("support", delta_bins(bins), persistent=False)
@@ -130,7 +133,9 @@ class RotatedRetina(PyramidDetector):
         class_maps, edge_maps = self._maps(classes, edges)
         anchors = anchors_of(class_maps.sizes, self.strides, self.centre, classes[0].device)
         target = retina_targets(anchors, self.num_classes, boxes, labels, sizes)
-        return retina_losses(class_maps, edge_maps, anchors, target, self.support, self.loss)
+        return retina_losses(
+            class_maps, edge_maps, anchors, target, self.support, self.loss, convention=self.convention
+        )
 
     def predict(self, classes: Sequence[Tensor], edges: Sequence[Tensor], sizes: Sizes) -> list[dict[str, Tensor]]:
         """The head's maps -> per picture boxes (k, 5) in its pixels, scores (k,) falling, labels (k,)."""

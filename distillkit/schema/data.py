@@ -257,6 +257,9 @@ class Tiles(Strict):
 
 
 class _Rotated(_Boxed):
+    keep_ratio: bool = True
+    """True: the picture keeps its aspect, and the size bounds both of its sides. False: it is stretched, and boxes that
+    were rectangles are none any more."""
     teach_difficult: bool = False
     """Difficult objects are learned like the others, as in the published training on DOTA."""
     skip_empty: bool = False

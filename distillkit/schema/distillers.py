@@ -191,7 +191,10 @@ class AttentionTransfer(_FromTeacher):
     student_at: Paths
     """Module paths of the student's maps."""
     teacher_at: Paths
-    weight: Weight = WeightSchedule(value=1000.0)
+    p: Annotated[float, Field(ge=1)] = 2.0
+    """Power of the activations."""
+    weight: Weight = WeightSchedule(value=1.0)
+    """1000 and more with convention: release, whose loss is that much smaller."""
     convention: Literal["default", "release"] = "default"
 
 
@@ -204,6 +207,9 @@ class RelationalKD(_FromTeacher):
     teacher_at: str
     distance_weight: NotNegative = 25.0
     angle_weight: NotNegative = 50.0
+    normalize: bool = False
+    """Features are brought to unit length first, as in the published training of classifiers."""
+    convention: Literal["default", "release"] = "default"
     weight: Weight = WeightSchedule(value=1.0)
 
 

@@ -56,6 +56,8 @@ class RotatedRetinaModel(_Pyramid):
     """Of the boxes, a distance of Gaussians."""
     angle: Literal["oc", "le90", "le135"] = "oc"
     """How boxes are written; the losses are the same in each."""
+    convention: Literal["default", "release"] = "default"
+    """`release`: the loss kld is divided by each level's objects, as the published code does."""
 
 
 class NanoDetModel(Strict):

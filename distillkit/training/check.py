@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -73,12 +73,12 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Iterator[Finding]
     """
     with _quiet_data():
         data: dict[str, build.DetectionData] = {}
-        usable = []
+        usable: Sequence[str] = []
         for split in SPLITS:
             if (yield from _annotated(recipe, split, progress)):
-                usable.append(split)
-        if len(usable) == len(SPLITS):
-            yield from _tiles(recipe, progress)
+                usable = [*usable, split]
+        if getattr(recipe.data, "tiles", None) is not None:
+            usable = yield from _tiles(recipe, usable, progress)
         for split in usable:
             yield from _data(recipe, split, data)
         if "train" in data:
@@ -109,13 +109,19 @@ def _annotated(recipe: Recipe, split: Any, progress: Progress | None) -> Generat
     return usable
 
 
-def _tiles(recipe: Recipe, progress: Progress | None) -> Iterator[Finding]:
+def _tiles(recipe: Recipe, usable: Sequence[str], progress: Progress | None) -> Generator[Finding, None, Sequence[str]]:
+    """Cut what a run cuts; the splits whose tiles are there then. None of a split that cannot be used: it was said."""
+    needed = [split for split in SPLITS if split in ("train", "val", recipe.evaluate.split)]
+    if not set(needed) <= set(usable):
+        return []
     try:
-        for split, cut in cut_tiles(recipe, ["train", "val", recipe.evaluate.split], progress).items():
+        for split, cut in cut_tiles(recipe, needed, progress).items():
             what = f"{split}: {cut.tiles} tiles of {cut.pictures} pictures, with {cut.objects} objects"
             yield Finding("ok", "data.tiles", what)
     except Exception as error:
         yield _failed("data.tiles", error)
+        return []
+    return needed
 
 
 def _data(recipe: Recipe, split: Any, built: dict[str, build.DetectionData]) -> Iterator[Finding]:
@@ -125,6 +131,8 @@ def _data(recipe: Recipe, split: Any, built: dict[str, build.DetectionData]) -> 
         return
     try:
         dataset = build.build_data(recipe, split, augmented=split == "train")
+        if not len(dataset):
+            raise RunError("no picture has an object that is to be learned, and skip_empty leaves out all others")
         dataset[0, 0]
     except Exception as error:
         yield _failed(where, error)

@@ -20,7 +20,7 @@ from distillkit.evaluation.coco import CocoResult, coco_metrics
 from distillkit.evaluation.predict import Progress, predict_dataset
 from distillkit.evaluation.rotated import RotatedResult, rotated_metrics
 from distillkit.evaluation.submission import Task, check_names, horizontal, read_submission, write_submission
-from distillkit.evaluation.whole import merge_tiles
+from distillkit.evaluation.whole import merge_tiles, within
 from distillkit.schema import Recipe
 from distillkit.training import build
 from distillkit.training.build import DetectionData
@@ -73,9 +73,12 @@ def whole(recipe: schema.RotatedRecipe, found: Sequence[dict[str, Any]], data: A
     """Predictions on tiles as predictions on the pictures they were cut from; others as they are."""
     if not isinstance(data, TiledDota):
         return list(found)
-    ids = {record.path.stem: record.image_id for record in data.whole.records}
+    records = {record.path.stem: record for record in data.whole.records}
     merged = merge_tiles(found, data.places, recipe.evaluate.iou)  # evaluate.most is of a tile, and done
-    return [{**prediction, "image_id": ids[name]} for name, prediction in merged.items()]
+    return [
+        {**within(prediction, records[name].size), "image_id": records[name].image_id}
+        for name, prediction in merged.items()
+    ]
 
 
 def submit(folder: Path, found: Sequence[dict[str, Any]], data: RotatedDetection, task: Task) -> Path:

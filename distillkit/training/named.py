@@ -38,22 +38,30 @@ def named_model(recipe: Recipe, name: str | Path | None, classes: int) -> nn.Mod
     elif not Path(name).is_file():
         known = ", ".join(dict.fromkeys([*teachers, *rows, "student"]))
         raise RunError(f"{name}: neither a file with weights of the student, nor one of {known}")
-    student = build.build_model(recipe.student, classes, recipe.evaluate)
-    if name is not None and name != "student":
-        build.load_checkpoint(student, Path(name))
+    if name is None or name == "student":
+        return build.build_model(recipe.student, classes, recipe.evaluate)
+    student = _empty(recipe, recipe.student, classes)
+    build.load_checkpoint(student, Path(name))
     return student
 
 
+def _empty(recipe: Recipe, config: schema.AnyModel, classes: int) -> nn.Module:
+    """A model whose weights are all read afterwards: those that it would start a training from need not be had."""
+    without = {"pretrained": False} if "pretrained" in type(config).model_fields else {}
+    return build.build_model(config.model_copy(update=without), classes, recipe.evaluate)
+
+
 def _row(recipe: Recipe, row: schema.Row, classes: int) -> nn.Module:
-    student = build.build_model(recipes.student_of(recipe, row.student), classes, recipe.evaluate)
+    student = _empty(recipe, recipes.student_of(recipe, row.student), classes)
     checkpoint.load_into(student, _trained(recipe, row.row, recipes.slug(row.row)))
     return student
 
 
 def _teacher(recipe: Recipe, name: str, config: schema.AnyTeacher, classes: int) -> nn.Module:
-    teacher = build.build_model(config, classes, recipe.evaluate)
-    if config.train is not None and config.checkpoint is None:
-        checkpoint.load_into(teacher, _trained(recipe, name, build.teacher_folder(name)))
+    if config.train is None or config.checkpoint is not None:
+        return build.build_model(config, classes, recipe.evaluate)
+    teacher = _empty(recipe, config, classes)
+    checkpoint.load_into(teacher, _trained(recipe, name, build.teacher_folder(name)))
     return teacher
 
 

@@ -60,7 +60,7 @@ def check_optimizer(step: Planned, model: nn.Module) -> None:
 
 
 def check_taught(split: str, data: Any) -> None:
-    """Raises RunError where a data set has no box to be learned; one for classification has a class for each picture."""
+    """Raises RunError where a set of boxes has none to be learned."""
     if isinstance(data, ClassPictures):
         return
     if not _teaches(data):
@@ -68,7 +68,7 @@ def check_taught(split: str, data: Any) -> None:
 
 
 def check_judged(split: str, data: Any) -> None:
-    """Raises RunError where a data set has no box to be found."""
+    """Raises RunError where a set of boxes has none to be found."""
     if isinstance(data, ClassPictures):
         return
     if not _judges(data):

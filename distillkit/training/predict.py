@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +17,13 @@ from torchvision.ops import clip_boxes_to_image
 from distillkit import schema
 from distillkit.boxes.rotated import corners, upright
 from distillkit.data.class_transforms import Middle
-from distillkit.data.large import open_windows, overview
+from distillkit.data.large import open_windows, overview, size_of
+from distillkit.data.problems import DataError
 from distillkit.data.transforms import Resize, sample_of
 from distillkit.evaluation.classes import normalised
 from distillkit.evaluation.draw import draw_boxes
 from distillkit.evaluation.rotated import to_original
-from distillkit.evaluation.submission import Task, write_submission
+from distillkit.evaluation.submission import Task, check_writable, write_submission
 from distillkit.evaluation.whole import predict_whole
 from distillkit.schema import BoxRecipe, Recipe, RotatedRecipe, Tiles
 from distillkit.training import build, checkpoint
@@ -90,6 +92,10 @@ def predict(
     rows: list[dict[str, Any]] = []
     submitted: list[dict[str, Any]] = []
     named = _named(images, folder)
+    _check_headers(path for path, _ in named)
+    names = {number: path.stem for number, (path, _) in enumerate(named, 1)}
+    if submission is not None:
+        check_writable(folder / submission, names, data.classes)
     for number, (path, drawn) in enumerate(named, 1):
         found = _found(recipe, model, path, progress)
         shown = _drawn(found, data.classes)
@@ -108,10 +114,9 @@ def predict(
         submitted.append({"image_id": number, **found.prediction()})
         if progress is not None:
             progress("pictures", number, len(named))
-    if submission is not None:
-        names = {number: path.stem for number, (path, _) in enumerate(named, 1)}
-        write_submission(folder / submission, submitted, names, data.classes, submission)
     checkpoint.write_json(folder / "predictions.json", rows)
+    if submission is not None:
+        write_submission(folder / submission, submitted, names, data.classes, submission)
     return rows
 
 
@@ -204,6 +209,18 @@ def _named(images: list[Path], folder: Path) -> list[tuple[Path, Path]]:
         if other is not path:
             raise RunError(f"{path} and {other} would both be drawn to {path.stem}.png: rename one, or call twice")
     return [(path, folder / f"{path.stem}.png") for path in paths]
+
+
+def _check_headers(paths: Iterable[Path]) -> None:
+    """Raises RunError with all files that are no pictures, before hours are spent on the others."""
+    broken = []
+    for path in paths:
+        try:
+            size_of(path)
+        except DataError as error:
+            broken += error.problems
+    if broken:
+        raise RunError(str(DataError(broken)))
 
 
 def _inside(folder: Path) -> list[Path]:

@@ -54,10 +54,10 @@ def run(recipe: Recipe, fresh: bool = False, console: Console | None = None, com
     if not state.is_main_process:
         console = Console(quiet=True)
     folder = Path(recipe.output) / recipe.name
-    jobs = Jobs(recipe, folder, console, command)
-    jobs.check(fresh)
     if state.is_main_process:
         check_owner(folder)
+    jobs = Jobs(recipe, folder, console, command)
+    jobs.check(fresh)
     with _sigterm_as_ctrl_c(), alone_in(folder) if state.is_main_process else nullcontext():
         if state.is_main_process:
             open_folder(folder, recipe, fresh)
