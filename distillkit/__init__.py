@@ -21,6 +21,7 @@ _WHERE = {
     "ClassLogits": "distillkit.core.views",
     "Features": "distillkit.core.views",
     "DenseDetections": "distillkit.core.views",
+    "TokenLogits": "distillkit.core.views",
     "BoxTargets": "distillkit.core.views",
     "Adapter": "distillkit.core.adapter",
     "DistributionHead": "distillkit.adapters.distribution_head",
@@ -33,6 +34,8 @@ _WHERE = {
     "HardToken": "distillkit.distillers.hard_token",
     "AttentionTransfer": "distillkit.distillers.attention_transfer",
     "RelationalKD": "distillkit.distillers.relational_kd",
+    "TokenLabeling": "distillkit.distillers.token_labeling",
+    "LabelMap": "distillkit.data.label_map",
     "Main": "distillkit.boxes.regions",
     "Valuable": "distillkit.boxes.regions",
     "MainAndValuable": "distillkit.boxes.regions",
@@ -51,7 +54,8 @@ if TYPE_CHECKING:
     from distillkit.core.result import Losses
     from distillkit.core.schedule import Weight
     from distillkit.core.teacher import EMATeacher, Teacher
-    from distillkit.core.views import BoxTargets, ClassLogits, DenseDetections, Features
+    from distillkit.core.views import BoxTargets, ClassLogits, DenseDetections, Features, TokenLogits
+    from distillkit.data.label_map import LabelMap
     from distillkit.distillers.attention_transfer import AttentionTransfer
     from distillkit.distillers.dist import DIST
     from distillkit.distillers.dkd import DKD
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
     from distillkit.distillers.logit_kd import LogitKD
     from distillkit.distillers.relational_kd import RelationalKD
     from distillkit.distillers.self_ld import SelfLD
+    from distillkit.distillers.token_labeling import TokenLabeling
     from distillkit.plugins import register_data, register_distiller, register_model
 
 

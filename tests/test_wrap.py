@@ -975,7 +975,9 @@ def test_a_compiled_first_step_leaves_the_checks_to_the_first_eager_one():
 
 def test_amp_through_accelerate():
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state()  # of tests before this one
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     model = wrapped([MSE("stem"), LogitKD(temperature=2.0)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -168,7 +168,7 @@ def mix_place(model: nn.Module, path: str) -> MixPlace:
 
 def is_classifier(model: nn.Module) -> bool:
     """Whether a model is built as timm's classifiers are."""
-    return all(hasattr(model, name) for name in ("forward_features", "forward_head", "num_features", "pretrained_cfg"))
+    return all(hasattr(model, name) for name in ("forward_features", "forward_head", "num_features"))
 
 
 # ---- how a model lies, found out once
@@ -191,8 +191,8 @@ def _found(model: nn.Module) -> Layout:
     name = type(model).__name__
     if not is_classifier(model):
         raise AdapterError(
-            f"{name}: token logits are read of models built like timm's (forward_features, forward_head, num_features, "
-            "pretrained_cfg), or through an adapter whose view() makes TokenLogits; see docs/write-an-adapter.md"
+            f"{name}: token logits are read of models built like timm's (forward_features, forward_head, "
+            "num_features), or through an adapter whose view() makes TokenLogits; see docs/write-an-adapter.md"
         )
     returned: dict[str, Tensor] = {}
     features = _trial(model, returned)
@@ -227,8 +227,10 @@ def _trial(model: nn.Module, returned: dict[str, Tensor]) -> Tensor:
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """(channels, height, width) of the pictures that a model of timm was built for."""
-    channels, height, width = model.pretrained_cfg["input_size"]  # type: ignore[index]
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    channels, height, width = cfg.get("input_size", (3, 224, 224))
+    sizes = (getattr(module, "img_size", None) for module in model.modules())  # its patch embedding's
+    size = next(filter(None, sizes), None)
     height, width = (height, width) if size is None else size if isinstance(size, tuple | list) else (size, size)
     return channels, height, width
 

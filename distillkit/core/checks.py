@@ -59,7 +59,7 @@ def check_distinct(what: str, names: Iterable[str]) -> None:
 def teachers_by_distiller(
     distillers: Sequence[Distiller], teachers: Mapping[str, object], default: str | None
 ) -> dict[str, str | None]:
-    """Which teacher each distiller learns from, names of both; None: from the targets. WrapError if that is not clear."""
+    """Which teacher each distiller learns from, names of both; None: the targets. WrapError if that is not clear."""
     there = ", ".join(teachers) or "none"
     uses: dict[str, str | None] = {}
     for distiller in distillers:

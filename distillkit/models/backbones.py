@@ -58,6 +58,7 @@ def classifier(name: str, classes: int, pretrained: bool | str | Path = False, *
     """
     from distillkit.models import classifiers  # noqa: F401  (registers them)
 
+    name = name.removeprefix("distillkit/")  # which timm itself takes no longer
     if not timm.is_model(name):
         raise ValueError(f"model {name!r} is none of timm's; timm.list_models('*{name[:6]}*') lists similar names")
     if pretrained and pretrained is not True:

@@ -101,7 +101,7 @@ class TimmModel(Strict):
         }
         if wrong := sorted(taken & self.options.keys()):
             raise ValueError(f"options: {wrong[0]} cannot be given here; weights come from pretrained or checkpoint")
-        if not re.fullmatch(r"[\w.]+", self.model):
+        if not re.fullmatch(r"(distillkit/)?[\w.]+", self.model):
             raise ValueError(f"model: expected the name of a timm model, as in resnet18; got {self.model!r}")
         return self
 
