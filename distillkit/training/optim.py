@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from distillkit.training.errors import RunError
@@ -18,23 +19,30 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW over every parameter of ``model`` that takes a gradient, in up to four groups.
+    """SGD or AdamW over every parameter of ``model`` that takes a gradient, in groups of one rate and decay.
 
-    Without decay, if ``no_decay_norm``: parameters of fewer than two dimensions (norms, biases, scales). With the
-    learning rate times ``backbone_lr``: parameters below a module called ``backbone``.
+    Without decay, if ``no_decay_norm``: parameters of fewer than two dimensions (norms, biases, scales), and those that
+    the model's ``no_weight_decay()`` names. With the learning rate times ``backbone_lr``: parameters below a module
+    called ``backbone``. With ``layer_decay``: times its power, by how many layers are behind the parameter's.
 
     Raises:
-        RunError: nothing to train, or a ``backbone_lr`` for a model without a backbone.
+        RunError: nothing to train, a ``backbone_lr`` for a model without a backbone, or a ``layer_decay`` for one that
+            does not tell its layers.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    kept = {id(parameter) for parameter in _named_without_decay(model)}
+    factors = _layer_factors(model, config.layer_decay) if config.layer_decay != 1.0 else {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    backbones = 0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             backbone = config.backbone_lr != 1.0 and "backbone" in name.split(".")
-            plain = config.no_decay_norm and parameter.ndim < 2
-            groups.setdefault((backbone, plain), []).append(parameter)
+            backbones += backbone
+            plain = config.no_decay_norm and (parameter.ndim < 2 or id(parameter) in kept)
+            factor = factors.get(id(parameter), 1.0) * (config.backbone_lr if backbone else 1.0)
+            groups.setdefault((factor, plain), []).append(parameter)
     if not groups:
         raise RunError("the model has no parameter that takes a gradient: nothing to train")
-    if config.backbone_lr != 1.0 and not any(backbone for backbone, _ in groups):
+    if config.backbone_lr != 1.0 and not backbones:
         raise RunError(
             f"train.optimizer.backbone_lr is {config.backbone_lr}, but no trained parameter lies below a module called "
             "'backbone'; remove backbone_lr"
@@ -42,14 +50,37 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     settings = [
         {
             "params": parameters,
-            "lr": config.lr * (config.backbone_lr if backbone else 1.0),
+            "lr": config.lr * factor,
             "weight_decay": 0.0 if plain else config.weight_decay,
         }
-        for (backbone, plain), parameters in groups.items()
+        for (factor, plain), parameters in groups.items()
     ]
     if config.kind == "sgd":
         return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum)
     return torch.optim.AdamW(settings, lr=config.lr)
+
+
+def _named_without_decay(model: nn.Module) -> list[nn.Parameter]:
+    """What timm's models say of themselves: position embeddings, class tokens."""
+    found = []
+    for module in model.modules():
+        if callable(said := getattr(module, "no_weight_decay", None)):
+            parameters = dict(module.named_parameters())
+            found += [parameters[name] for name in said() if name in parameters]
+    return found
+
+
+def _layer_factors(model: nn.Module, decay: float) -> dict[int, float]:
+    """What each parameter's learning rate is multiplied by, by ``id``."""
+    student = getattr(model, "student", model)
+    if not callable(getattr(student, "group_matcher", None)):
+        raise RunError(
+            f"train.optimizer.layer_decay is {decay}, but {type(student).__name__} does not tell its layers "
+            "(group_matcher, as timm's models do); remove layer_decay"
+        )
+    layers = group_parameters(student, student.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    return {id(parameter): decay ** (last - layers[name]) for name, parameter in student.named_parameters()}
 
 
 def warmup_steps(total: int, config: ScheduleConfig) -> int:
