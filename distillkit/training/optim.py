@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models import group_parameters
@@ -72,7 +72,7 @@ def _named_without_decay(model: nn.Module) -> list[nn.Parameter]:
 
 def _layer_factors(model: nn.Module, decay: float) -> dict[int, float]:
     """What each parameter's learning rate is multiplied by, by ``id``."""
-    student = getattr(model, "student", model)
+    student: Any = getattr(model, "student", model)
     if not callable(getattr(student, "group_matcher", None)):
         raise RunError(
             f"train.optimizer.layer_decay is {decay}, but {type(student).__name__} does not tell its layers "
