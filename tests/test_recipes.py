@@ -44,7 +44,8 @@ def _run(name, tmp_path, *overrides):
         if row.distillers == "none" or row.train.get("epochs") == 0:
             continue
         losses = [r["losses"] for r in read(folder / slug(row.row) / "metrics.jsonl") if r["kind"] == "train"]
-        assert all(losses[0][d.name] > 0 for d in recipe.distillers)
+        wanted = [d.name for d in recipe.distillers] if row.distillers == "all" else row.distillers
+        assert all(losses[0][name] > 0 for name in wanted)
     return {row["row"]: row for row in json.loads((folder / "table.json").read_text())}
 
 
@@ -66,7 +67,7 @@ def test_quickstart_rotated(tmp_path):
 
 
 def test_quickstart_classifier(tmp_path):
-    few = ["data.train=64", "data.val=16", "data.test=16", "teacher.train.epochs=1"]
+    few = ["data.train=128", "data.val=16", "data.test=16", "teacher.train.epochs=1"]
     assert list(_run("quickstart_classifier", tmp_path, *few)) == ["teacher", "student", "distilled"]
 
 
@@ -94,7 +95,7 @@ def test_token_labeling_imagenet_with_maps_of_its_own_making(tmp_path, data, mon
     annotator = timm.create_model("resnet10t", num_classes=3)
     save_file(annotator.state_dict(), tmp_path / "annotator.safetensors")
     label("resnet10t", root / "train", tmp_path / "label_maps", k=3, pretrained=str(tmp_path / "annotator.safetensors"))
-    small = ["data.batch=8", "data.workers=1", "train.amp=no", "train.schedule.warmup=1"]
+    small = ["data.batch=8", "data.workers=1", "train.amp=no", "train.schedule.warmup=1", "train.accumulate=1"]
     table = _run("token_labeling_imagenet", tmp_path, *small)
     assert table["distilled"]["parameters"] < 26_151_568  # three classes instead of a thousand
 
