@@ -1,0 +1,32 @@
+"""From the blocks of a recipe to objects: data, models, teachers, distillers."""
+
+from distillkit.training.build.data import (
+    Classes,
+    DetectionData,
+    build_classes,
+    build_data,
+    build_resize,
+    tiles_folder,
+)
+from distillkit.training.build.distillers import build_distillers, build_wrapped
+from distillkit.training.build.models import (
+    build_model,
+    load_checkpoint,
+    teacher_configs,
+    teacher_folder,
+)
+
+__all__ = [
+    "Classes",
+    "DetectionData",
+    "build_classes",
+    "build_data",
+    "build_distillers",
+    "build_model",
+    "build_resize",
+    "build_wrapped",
+    "load_checkpoint",
+    "teacher_configs",
+    "teacher_folder",
+    "tiles_folder",
+]

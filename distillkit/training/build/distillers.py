@@ -1,0 +1,162 @@
+"""The `distillers` block of a recipe as distillers, and the student wrapped with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from distillkit import plugins, schema
+from distillkit.adapters.classifier import Classifier
+from distillkit.api import wrap
+from distillkit.boxes.merged import Merged
+from distillkit.boxes.regions import Main, MainAndValuable, Region, Valuable
+from distillkit.core.distiller import Distiller
+from distillkit.core.schedule import Weight
+from distillkit.core.teacher import Teacher
+from distillkit.core.wrap import DistilledModel
+from distillkit.distillers.attention_transfer import AttentionTransfer
+from distillkit.distillers.dist import DIST
+from distillkit.distillers.dkd import DKD
+from distillkit.distillers.feature_imitation import FeatureImitation
+from distillkit.distillers.hard_token import HardToken
+from distillkit.distillers.ld import LD
+from distillkit.distillers.logit_kd import LogitKD
+from distillkit.distillers.relational_kd import RelationalKD
+from distillkit.distillers.self_ld import SelfLD
+from distillkit.distillers.token_labeling import TokenLabeling
+from distillkit.evaluation.classes import moments
+from distillkit.schema import Recipe
+from distillkit.training.build.models import build_model, teacher_configs
+
+
+#: distillers whose keys are the arguments of their class
+BY_KEYS: dict[type, type[Distiller]] = {
+    schema.FeatureImitation: FeatureImitation,
+    schema.TokenLabeling: TokenLabeling,
+    schema.ClassLogitKD: LogitKD,
+    schema.DKD: DKD,
+    schema.DIST: DIST,
+    schema.HardToken: HardToken,
+    schema.AttentionTransfer: AttentionTransfer,
+    schema.RelationalKD: RelationalKD,
+}
+
+
+def build_distillers(
+    recipe: Recipe, names: Literal["all", "none"] | list[str], classes: int, train: schema.Train
+) -> list[Distiller]:
+    """The distillers of a row that is trained as ``train`` says. Schedules of their weights count training calls, of
+    which an optimizer step makes ``train.accumulate``."""
+    if names == "none":
+        return []
+    chosen = [config for config in recipe.distillers if names == "all" or config.name in names]
+    return [_distiller(config, recipe, classes, train.accumulate) for config in chosen]
+
+
+def _distiller(config: schema.AnyDistiller, recipe: Recipe, classes: int, calls: int) -> Distiller:
+    """``calls``: training calls an optimizer step."""
+    w = config.weight
+    weight = Weight(w.value, w.kind, w.steps * calls, w.end)
+    if isinstance(config, schema.LD):
+        return LD(
+            region=_region(config),
+            temperature=config.temperature,
+            weight=weight,
+            anchor_weight=config.anchor_weight,
+            convention=config.convention,
+            teacher=config.teacher,
+            bin_reduction=config.bin_reduction,
+            normalize=config.normalize,
+            name=config.name,
+        )
+    if isinstance(config, schema.SelfLD):
+        return SelfLD(
+            region=_region(config),
+            temperature=config.temperature,
+            weight=weight,
+            checkpoint=_earlier_student(config, recipe, classes),
+            decay=config.decay,
+            anchor_weight=config.anchor_weight,
+            convention=config.convention,
+            bin_reduction=config.bin_reduction,
+            normalize=config.normalize,
+            name=config.name,
+        )
+    if type(config) in BY_KEYS:
+        return BY_KEYS[type(config)](**config.model_dump(exclude={"kind", "weight"}), weight=weight)
+    if isinstance(config, schema.LogitKD):
+        return LogitKD(
+            region=_region(config),
+            temperature=config.temperature,
+            weight=weight,
+            protocol=config.protocol,
+            anchor_weight=config.anchor_weight,
+            convention=config.convention,
+            teacher=config.teacher,
+            name=config.name,
+        )
+    assert isinstance(config, schema.CustomDistiller)
+    built = plugins.build("distiller", config.name, **config.options)
+    built.name, built.weight, built.teacher = config.name, weight, config.teacher
+    return built
+
+
+def _region(config: schema.LD | schema.SelfLD | schema.LogitKD) -> Region:
+    main = Main(overlap=config.overlap)
+    valuable = Valuable(config.gamma, config.measure, overlap=config.overlap)
+    match config.region:
+        case "main":
+            return main
+        case "valuable":
+            return valuable
+        case "main+valuable":
+            return MainAndValuable(main, valuable)
+        case "merged":
+            return Merged(config.gamma, config.overlap)
+
+
+def _earlier_student(config: schema.SelfLD, recipe: Recipe, classes: int) -> nn.Module | None:
+    if config.source == "ema":
+        return None
+    student = recipe.student.model_copy(update={"checkpoint": config.checkpoint})
+    return build_model(student, classes, recipe.evaluate)
+
+
+def build_wrapped(
+    recipe: Recipe, student: nn.Module, teachers: Mapping[str, nn.Module], distillers: Iterable[Distiller]
+) -> DistilledModel:
+    """The student with its distillers and those teachers that they learn from; a classifier with its cross entropy,
+    unless a distiller holds the task's loss."""
+    distillers = list(distillers)
+    # None: the only one there is
+    named = {d.teacher for d in distillers if d.own_teacher() is None and not d.taught_by_targets}
+    chosen = {
+        name: Teacher(teachers[name], dtype=_dtype(config.dtype), fold_bn=config.fold_bn)
+        for name, config in teacher_configs(recipe).items()
+        if name in named or None in named
+    }
+    if not isinstance(recipe, schema.ClassificationRecipe):
+        return wrap(student, chosen, distillers)
+    own = any(distiller.is_task for distiller in distillers)
+    criterion = None if own else CrossEntropy(recipe.smoothing)
+    return wrap(student, chosen, distillers, criterion, adapter=Classifier(*moments(student)))
+
+
+class CrossEntropy:
+    """Of classes (B,), or of the mixtures of them that mixup makes, (B, C)."""
+
+    def __init__(self, smoothing: float):
+        self.smoothing = smoothing
+
+    def __call__(self, output: Tensor | tuple[Tensor, ...], targets: Any) -> Tensor:
+        logits = output if isinstance(output, Tensor) else output[0]  # DeiT's class head, beside its distillation head
+        labels = targets["labels"] if isinstance(targets, Mapping) else targets
+        return cross_entropy(logits, labels, label_smoothing=self.smoothing)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return getattr(torch, name) if name else None
