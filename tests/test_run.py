@@ -226,7 +226,7 @@ def test_predict_draws_and_writes_boxes_of_the_picture(recipe, folder, tmp_path)
     assert rows[0]["category"] == str(rows[0]["category_id"] - 1)
     with Image.open(tmp_path / "out" / "scene.png") as drawn:
         assert drawn.width / drawn.height == pytest.approx(120 / 80)
-    with pytest.raises(RunError, match=r"notes\.txt: cannot be read as a picture"):
+    with pytest.raises(RunError, match=r"notes\.txt: the picture cannot be decoded"):
         predict(recipe, "student", [pictures / "notes.txt"], tmp_path / "out")
     Image.fromarray(scene.image).save(pictures / "scene.bmp")
     with pytest.raises(RunError, match=r"both be drawn to scene\.png"):
