@@ -94,7 +94,7 @@ def _class_transform(data: schema.AnyClassData, augmented: bool) -> Middle | Ran
     if not augmented:
         return Middle(_pair(data.size), data.crop_pct)
     a = data.augment
-    drawn = RandAugment(a.rand_augment.magnitude, a.rand_augment.deviation, a.rand_augment.layers) if a.rand_augment else None
+    r = a.rand_augment
     return Random(
         _pair(data.size),
         scale=_pair(a.scale) if a.scale else None,
@@ -102,7 +102,7 @@ def _class_transform(data: schema.AnyClassData, augmented: bool) -> Middle | Ran
         flip=a.flip,
         flip_vertical=a.flip_vertical,
         color=a.color,
-        rand_augment=drawn,
+        rand_augment=RandAugment(r.magnitude, r.deviation, r.layers) if r else None,
         erase=a.erase,
     )
 

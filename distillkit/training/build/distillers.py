@@ -32,7 +32,6 @@ from distillkit.evaluation.classes import moments
 from distillkit.schema import Recipe
 from distillkit.training.build.models import build_model, teacher_configs
 
-
 #: distillers whose keys are the arguments of their class
 BY_KEYS: dict[type, type[Distiller]] = {
     schema.FeatureImitation: FeatureImitation,

@@ -38,7 +38,9 @@ def build_model(config: schema.AnyModel, classes: int, evaluate: schema.Evaluate
     elif isinstance(config, schema.RotatedGFLModel):
         model = RotatedGFL(classes, groups=math.gcd(config.channels, 32), loss=config.loss, **_pyramid(config))
     elif isinstance(config, schema.RotatedRetinaModel):
-        model = RotatedRetina(classes, loss=config.loss, angle=config.angle, convention=config.convention, **_pyramid(config))
+        model = RotatedRetina(
+            classes, loss=config.loss, angle=config.angle, convention=config.convention, **_pyramid(config)
+        )
     elif isinstance(config, schema.NanoDetModel):
         model = _nanodet(config, classes)
     elif isinstance(config, schema.TimmModel):
