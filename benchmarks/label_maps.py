@@ -22,17 +22,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.machine import heading, race, table, write
-from distillkit.data.label_store import (
-    AnnotatorInfo,
-    LabelInfo,
-    LabelStore,
-    LabelWriter,
-    PictureList,
-    Preprocessing,
-    decode,
-    encode,
-    list_pictures,
-)
+from distillkit.data.label_store import AnnotatorInfo, LabelInfo, LabelStore, LabelWriter, Preprocessing, decode, encode
+from distillkit.data.picture_list import PictureList, list_pictures
 from distillkit.models.backbones import LITE0_WHEEL
 from distillkit.training.label import Views, dense_logits, load_annotator
 

@@ -66,7 +66,10 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path):
     (root / "val" / "yellow").mkdir()
     with pytest.raises(DataError, match=r"yellow.*is no class of the training split"):
         PictureFolder(root, "val", ["blue", "green", "red"])
-    (root / "train" / "red" / "0.v1.png").unlink()
+    (root / "train" / "red" / "0.v1.png").rename(root / "train" / "0.png")
+    with pytest.raises(DataError, match=r"0\.png.*is in no class folder"):
+        PictureFolder(root, "train")
+    (root / "train" / "0.png").unlink()
     with pytest.raises(DataError, match=r"red.*holds no picture"):
         PictureFolder(root, "train")
     (root / "train" / "blue" / "0.v1.png").write_bytes(b"x")
@@ -123,7 +126,7 @@ def test_tar_files(tmp_path):
     with pytest.raises(DataError, match=r"it has no label(.|\n)*'3'.*expected a number from 0 to 2"):
         TarPictures(tmp_path, "bad-*.tar", ["x", "y", "z"])
     (tmp_path / "worse-0.tar").write_bytes(b"no tar file at all" * 100)
-    with pytest.raises(DataError, match="no tar file"):
+    with pytest.raises(DataError, match="not a readable tar file"):
         TarPictures(tmp_path, "worse-*.tar", ["x"])
     with pytest.raises(DataError, match="none is there"):
         TarPictures(tmp_path, "val-*.tar", ["x"])

@@ -22,15 +22,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from distillkit import cli
-from distillkit.data.label_store import (
-    JOB,
-    AnnotatorInfo,
-    LabelMapError,
-    LabelStore,
-    Preprocessing,
-    list_pictures,
-    weights_sha256,
-)
+from distillkit.data.label_store import JOB, AnnotatorInfo, LabelMapError, LabelStore, Preprocessing, weights_sha256
+from distillkit.data.picture_list import list_pictures
 from distillkit.data.problems import DataError
 from distillkit.models.backbones import LITE0_WHEEL
 from distillkit.training import label as module
@@ -365,9 +358,9 @@ def test_our_own_classifiers_are_annotators(tmp_path):
 
 
 def test_annotators_that_cannot_be_had(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"annotator 'resnt18' is not a timm model; timm\.list_models\('\*resnt1"):
+    with pytest.raises(ValueError, match=r"model 'resnt18' is not a timm model; timm\.list_models\('\*resnt1"):
         load_annotator("resnt18")
-    with pytest.raises(ValueError, match="annotator 'lvvit_t': timm has no weights for it; name a file of weights"):
+    with pytest.raises(ValueError, match="model 'lvvit_t': timm has no weights for it; name a file of weights"):
         load_annotator("lvvit_t")
     with pytest.raises(FileNotFoundError, match=r"absent\.pth does not exist"):
         load_annotator("test_efficientnet", tmp_path / "absent.pth")
@@ -388,7 +381,9 @@ def test_weights_that_cannot_be_fetched_say_so(monkeypatch):
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", offline)
-    with pytest.raises(ConnectionError, match=r"could not fetch .* Without a connection, name a file of weights"):
+    with pytest.raises(
+        ConnectionError, match=r"could not fetch .* Without a connection, set pretrained to the path of a weights file"
+    ):
         load_annotator("test_efficientnet")
 
 

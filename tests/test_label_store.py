@@ -28,15 +28,14 @@ from distillkit.data.label_store import (
     LabelStore,
     LabelWriter,
     Preprocessing,
-    ReleaseMaps,
     decode,
     encode,
-    list_pictures,
-    read_release_map,
     skipped,
     weights_sha256,
 )
+from distillkit.data.picture_list import list_pictures
 from distillkit.data.problems import DataError
+from distillkit.data.release_maps import ReleaseMaps, read_release_map
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "dense_tl_labelmap_a.npz")
 SHA = "ab" * 32

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
@@ -19,10 +20,8 @@ from torchvision.transforms.v2 import functional as F
 
 from distillkit.data.label_map import LabelMap
 from distillkit.data.randaugment import RandAugment
+from distillkit.data.transforms import Size, draw
 
-Size = tuple[int, int]
-#: what pictures are normalised with where a model does not say; noise of random erasing has these moments
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRIES = 10
 ERASED, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
@@ -141,7 +140,8 @@ def erased(image: Tensor, generator: torch.Generator) -> Tensor:
         if 0 < tall < height and 0 < wide < width:
             top, left = _below(height - tall, generator), _below(width - wide, generator)
             noise = torch.randn(3, tall, wide, generator=generator)
-            mean, std = (torch.tensor(moment)[:, None, None] for moment in (MEAN, STD))
+            moments = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+            mean, std = (torch.tensor(moment)[:, None, None] for moment in moments)
             image = image.clone()
             image[:, top : top + tall, left : left + wide] = mean + std * noise
             break
@@ -151,7 +151,3 @@ def erased(image: Tensor, generator: torch.Generator) -> Tensor:
 def _below(room: int, generator: torch.Generator) -> int:
     """0..room, each as likely."""
     return int(torch.randint(room + 1, (), generator=generator))
-
-
-def draw(generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
-    return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))

@@ -7,27 +7,25 @@ A sample depends on (seed, epoch, index) alone.
 
 from __future__ import annotations
 
-import io
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from distillkit.data.class_transforms import Middle, View
 from distillkit.data.label_map import LabelMap
+from distillkit.data.picture_list import PICTURES, PictureList, list_pictures
 from distillkit.data.problems import DataError, Problem
 from distillkit.data.scenes import Scenes
 from distillkit.data.transforms import generator_for
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CIFAR_VAL = 5000  # of the 50 000 training pictures, the last ones
 
@@ -89,45 +87,62 @@ class ClassPictures(Dataset[tuple[Tensor, dict[str, Any]]], ABC):
         """Picture ``index``, uint8 (H, W, 3) RGB, and its label; composed ones may differ by epoch."""
 
 
-class PictureFolder(ClassPictures):
+class ListedPictures(ClassPictures):
+    """Pictures in files.
+
+    Args:
+        pictures: where they are; keys are theirs.
+        labels: of each.
+    """
+
+    def __init__(self, classes: Sequence[str], pictures: PictureList, labels: Sequence[int], **options: Any):
+        super().__init__(classes, pictures.keys, **options)
+        self.pictures, self.labels = pictures, list(labels)
+
+    def load(self, index: int, epoch: int = 0) -> tuple[np.ndarray, int]:
+        return np.array(self.pictures.read(index)), self.labels[index]
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The names of the classes in ``folder``. Raises DataError where there are none."""
+    there = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    if not there:
+        remedy = "give data.root and the name of the split: pictures are at ROOT/SPLIT/CLASS/"
+        raise DataError([Problem(str(folder), "folder", "there are no class folders in it", remedy)])
+    return there
+
+
+class PictureFolder(ListedPictures):
     """Pictures at ROOT/SPLIT/CLASS/**; keys are paths below ROOT/SPLIT.
 
     Raises:
-        DataError: no such folder, no class folders, or a class without pictures.
+        DataError: no class folders, one that is no class or has no picture, pictures outside of them.
     """
 
     def __init__(self, root: str | Path, split: str, classes: Sequence[str] | None = None, **options: Any):
-        self.folder = Path(root) / split
-        there = sorted(p.name for p in self.folder.iterdir() if p.is_dir()) if self.folder.is_dir() else []
+        folder = Path(root) / split
+        there = class_folders(folder)
         names = list(classes or there)
-        found = {name: _pictures_below(self.folder / name) for name in names}
+        pictures = list_pictures(folder)
+        of = [key.partition("/")[0] if "/" in key else "" for key in pictures.keys]
+        shown = set(of)
         problems = [
-            Problem(str(self.folder / name), name, "holds no picture", f"put pictures there ({', '.join(SUFFIXES)})")
-            for name, paths in found.items()
-            if not paths
+            Problem(str(folder / name), name, "holds no picture", f"put pictures there ({', '.join(PICTURES)})")
+            for name in names
+            if name not in shown
         ]
-        if not names:
-            remedy = "give data.root and the name of the split: pictures are at ROOT/SPLIT/CLASS/"
-            problems = [Problem(str(self.folder), "folder", "there are no class folders in it", remedy)]
         problems += [
-            Problem(str(self.folder / name), name, "is no class of the training split", "take the folder out")
+            Problem(str(folder / name), name, "is no class of the training split", "take the folder out")
             for name in there
             if name not in names
         ]
+        if "" in shown:
+            key = pictures.keys[of.index("")]
+            problems.append(Problem(str(folder / key), "picture", "is in no class folder", "move it into one"))
         if problems:
             raise DataError(problems)
-        pairs = [(path, label) for label, name in enumerate(names) for path in found[name]]
-        keys = [path.relative_to(self.folder).as_posix() for path, _ in pairs]
-        self.labels = [label for _, label in pairs]
-        super().__init__(names, keys, **options)
-
-    def load(self, index: int, epoch: int = 0) -> tuple[np.ndarray, int]:
-        path = self.folder / self.keys[index]
-        try:
-            with Image.open(path) as picture:
-                return np.array(picture.convert("RGB")), self.labels[index]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise _unreadable(str(path), error) from error
+        numbers = {name: label for label, name in enumerate(names)}
+        super().__init__(names, pictures, [numbers[name] for name in of], **options)
 
 
 class Cifar(ClassPictures):
@@ -175,7 +190,7 @@ def _cifar100_names(root: Path) -> list[str]:
     return path.read_text(encoding="utf-8").split()
 
 
-class TarPictures(ClassPictures):
+class TarPictures(ListedPictures):
     """Tar files in webdataset's layout: KEY.jpg (or another picture) beside KEY.cls, the label as a number.
 
     The files are listed once; a picture is then one read at its place. keys: names in the files.
@@ -188,55 +203,30 @@ class TarPictures(ClassPictures):
         paths = sorted(Path(root).glob(files))
         if not paths:
             raise DataError([Problem(f"{root}/{files}", "files", "none is there", "give data.root and a pattern")])
-        self.places: list[tuple[Path, int, int]] = []
-        self.labels: list[int] = []
-        keys, problems = [], []
-        for path in paths:
-            pictures, said = _tar_listing(path)
-            for name, place in pictures.items():
-                label = said.get(name.rpartition(".")[0], "")
-                if not label.isdecimal() or int(label) >= len(classes):
-                    what = f"its label (the .cls beside it) is {label!r}" if label else "it has no label (.cls)"
-                    remedy = f"expected a number from 0 to {len(classes) - 1}"
-                    problems.append(Problem(str(path), name, what, remedy))
-                    continue
-                self.places.append((path, *place))
-                keys.append(name)
-                self.labels.append(int(label))
+        pictures = list_pictures(paths)
+        said = {key: label for path in paths for key, label in _tar_labels(path)}
+        labels, problems = [], []
+        for index, name in enumerate(pictures.keys):
+            label = said.get(name.rpartition(".")[0], "")
+            if label.isdecimal() and int(label) < len(classes):
+                labels.append(int(label))
+                continue
+            what = f"its label (the .cls beside it) is {label!r}" if label else "it has no label (.cls)"
+            problems.append(
+                Problem(pictures.where(index), None, what, f"expected a number from 0 to {len(classes) - 1}")
+            )
         if problems:
             raise DataError(problems)
-        super().__init__(classes, keys, **options)
-
-    def load(self, index: int, epoch: int = 0) -> tuple[np.ndarray, int]:
-        path, offset, size = self.places[index]
-        try:
-            with path.open("rb") as file:
-                file.seek(offset)
-                with Image.open(io.BytesIO(file.read(size))) as picture:
-                    return np.array(picture.convert("RGB")), self.labels[index]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise _unreadable(f"{path}: {self.keys[index]}", error) from error
+        super().__init__(classes, pictures, labels, **options)
 
 
-def _tar_listing(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """By name: where each picture's bytes are (offset, size); by KEY: what each label file says."""
-    pictures: dict[str, tuple[int, int]] = {}
-    labels: dict[str, str] = {}
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                name = member.name.removeprefix("./")
-                key, _, suffix = name.rpartition(".")
-                if member.isfile() and f".{suffix.lower()}" in SUFFIXES:
-                    pictures[name] = (member.offset_data, member.size)
-                elif member.isfile() and suffix == "cls":
-                    content = archive.extractfile(member)
-                    labels[key] = content.read(32).decode("ascii", "replace").strip() if content else ""
-    except tarfile.TarError as error:
-        raise DataError(
-            [Problem(str(path), "file", f"no tar file ({error})", "give uncompressed tar files")]
-        ) from error
-    return pictures, labels
+def _tar_labels(path: Path) -> Iterator[tuple[str, str]]:
+    """KEY, and what KEY.cls says."""
+    with tarfile.open(path, "r:") as archive:
+        for member in archive:
+            if member.isfile() and member.name.endswith(".cls") and (content := archive.extractfile(member)):
+                key = member.name.removeprefix("./").removesuffix(".cls")
+                yield key, content.read(32).decode("ascii", "replace").strip()
 
 
 class DigitPictures(ClassPictures):
@@ -249,15 +239,6 @@ class DigitPictures(ClassPictures):
     def load(self, index: int, epoch: int = 0) -> tuple[np.ndarray, int]:
         scene = self.scenes.scene(index, epoch)
         return scene.image, int(scene.labels[0])
-
-
-def _pictures_below(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-
-
-def _unreadable(where: str, error: Exception) -> DataError:
-    remedy = "copy the file again or take it out"
-    return DataError([Problem(where, "picture", f"cannot be decoded ({error})", remedy)])
 
 
 def collate(items: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> tuple[Tensor, dict[str, Any]]:

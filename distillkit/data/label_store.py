@@ -15,7 +15,7 @@ Scores are raw logits. The map lies over the whole picture, stretched to the ann
 over its centre square ("center_square"), always as the file stores its pixels: an EXIF rotation is not applied, neither
 here nor where pictures are read for training (Pillow and torchvision do not do so unless they are asked).
 
-Maps of the published format, one torch file a picture, are read by ``ReleaseMaps`` with the same interface.
+Maps of the published format, one torch file a picture, are read by ``release_maps`` with the same interface.
 """
 
 from __future__ import annotations
@@ -24,28 +24,22 @@ import hashlib
 import json
 import os
 import re
-import tarfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from io import BytesIO
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from distillkit.data.problems import DataError, Problem
+from distillkit.data.picture_list import PictureList, list_pictures, stays_inside
 
 Region = Literal["full", "center_square"]
 
 FORMAT: Literal["distillkit-label-maps"] = "distillkit-label-maps"
 VERSION = 1
 MANIFEST, JOB = "manifest.json", "job.json"
-#: file endings of pictures, in folders and in tar files
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 #: a score is one of so many steps between the lowest and the highest of its picture
 STEPS = 255
 
@@ -74,166 +68,11 @@ class LabelMaps(Protocol):
         ...
 
 
-# -- the pictures -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class PictureList:
-    """Pictures in a folder or in tar files, sorted by key: the path in the folder, or the member's name, with slashes.
-
-    Args:
-        sources: the one folder, or the tar files.
-        sizes: bytes of each picture's file.
-        places: of each picture in tar files, which of the sources and where in it; empty for a folder.
-    """
-
-    sources: list[Path]
-    keys: list[str]
-    sizes: list[int]
-    places: list[tuple[int, int]] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @property
-    def sha256(self) -> str:
-        """Of all keys and sizes, in order. It sees pictures that come, go or change their size, at the price of one
-        listing; not pixels that change in a file of the same length."""
-        digest = hashlib.sha256()
-        for key, size in zip(self.keys, self.sizes, strict=True):
-            digest.update(f"{key}\0{size}\n".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
-
-    def where(self, index: int) -> str:
-        """The file of a picture, for messages."""
-        if not self.places:
-            return str(self.sources[0] / self.keys[index])
-        return f"{self.sources[self.places[index][0]]}: {self.keys[index]}"
-
-    def read(self, index: int) -> Image.Image:
-        """A picture as RGB, as the file stores its pixels. Raises DataError, with one problem, if that cannot be."""
-        try:
-            with Image.open(BytesIO(self._content(index))) as picture:
-                return picture.convert("RGB")
-        except Image.DecompressionBombError as error:
-            what, remedy = f"the picture is too large to be read whole ({error})", "make it smaller or take it out"
-        except (OSError, SyntaxError, ValueError) as error:
-            what, remedy = f"the picture cannot be decoded ({error})", "copy the file again, take it out or skip it"
-        raise DataError([Problem(self.where(index), None, what, remedy)])
-
-    def _content(self, index: int) -> bytes:
-        if not self.places:
-            return (self.sources[0] / self.keys[index]).read_bytes()
-        source, offset = self.places[index]
-        with self.sources[source].open("rb") as file:
-            file.seek(offset)
-            return file.read(self.sizes[index])
-
-
-class _Picture(NamedTuple):
-    """key, bytes, and where it is: the number of the tar file and the place in it, or (0, 0) for a file of its own."""
-
-    key: str
-    size: int
-    place: tuple[int, int] = (0, 0)
-
-
-def list_pictures(images: str | Path | Sequence[str | Path]) -> PictureList:
-    """All pictures in a folder and the folders in it, or in uncompressed tar files, as webdataset has them.
-
-    Files are not opened, members of tar files not unpacked. Names that begin with a dot are left out.
-
-    Raises:
-        DataError: names everything that is wrong: no pictures, empty files, names that lead out of the folder, members
-            that are links, two of one name, tar files that are compressed or broken off.
-    """
-    paths = [Path(images)] if isinstance(images, str | Path) else [Path(path) for path in images]
-    problems: list[Problem] = []
-    tars = len(paths) > 1 or (len(paths) == 1 and paths[0].is_file())
-    found: list[_Picture] = []
-    for number, path in enumerate(paths):
-        found += _in_tar(path, number, problems) if tars else _in_folder(path, problems)
-    found.sort()
-    problems += _wrong_names(found, paths)
-    if not found and not problems:
-        tarred = not tars and any(paths[0].glob("*.tar"))
-        remedy = "name the tar files themselves: they are there" if tarred else "correct the path"
-        what = f"no picture in it (looked for {', '.join(PICTURES)})"
-        problems.append(Problem(", ".join(map(str, paths)) or "images", None, what, remedy))
-    if problems:
-        raise DataError(problems)
-    places = [picture.place for picture in found] if tars else []
-    return PictureList(paths, [picture.key for picture in found], [picture.size for picture in found], places)
-
-
-def _in_folder(root: Path, problems: list[Problem], prefix: str = "", above: tuple[Path, ...] = ()) -> list[_Picture]:
-    """above: the folders that lead here, as links may lead in a circle."""
-    if not root.is_dir():
-        problems.append(Problem(str(root), None, "no such folder", "name a folder of pictures, or tar files"))
-        return []
-    here, found = (root / prefix).resolve(), []
-    if here in above:
-        return []
-    with os.scandir(here) as entries:
-        for entry in entries:
-            key = prefix + entry.name
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                found += _in_folder(root, problems, f"{key}/", (*above, here))
-            elif _is_picture(key) and entry.is_file():
-                found.append(_Picture(key, entry.stat().st_size))
-            elif _is_picture(key):
-                problems.append(Problem(str(root / key), None, "no file, or a link to none", "correct or delete it"))
-    return found
-
-
-def _in_tar(path: Path, number: int, problems: list[Problem]) -> Iterator[_Picture]:
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key = member.name.removeprefix("./")
-                if member.isdir() or not _is_picture(key) or key.rpartition("/")[2].startswith("."):
-                    continue
-                if not member.isreg() or member.issparse():
-                    what = "the member is a link or no plain file"
-                    problems.append(Problem(str(path), key, what, "pack the picture itself (tar --dereference)"))
-                    continue
-                yield _Picture(key, member.size, (number, member.offset_data))
-    except (tarfile.TarError, OSError) as error:
-        remedy = "name a folder of pictures, or whole tar files that are not compressed"
-        problems.append(Problem(str(path), None, f"not a readable tar file ({error})", remedy))
-
-
-def _wrong_names(found: list[_Picture], sources: list[Path]) -> Iterator[Problem]:
-    """Of sorted pictures."""
-    before = None
-    for picture in found:
-        source = str(sources[picture.place[0]])
-        if not _stays_inside(picture.key):
-            what = "the name leads out of the folder, or holds a backslash or a control character"
-            yield Problem(source, repr(picture.key), what, "rename it")
-        elif picture.size == 0:
-            yield Problem(source, picture.key, "the file is empty", "copy it again or take it out")
-        if before is not None and before.key == picture.key:
-            other = str(sources[before.place[0]])
-            yield Problem(source, picture.key, f"a picture of this name is in {other}, too", "rename one of them")
-        before = picture
-
-
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(PICTURES)
-
-
-def _stays_inside(key: str) -> bool:
-    return not any(part in ("", ".", "..") for part in key.split("/")) and not re.search(r"[\\\x00-\x1f]", key)
-
-
 # -- the format -------------------------------------------------------------------------------------------------------
 
 
 def _checked_key(key: str) -> str:
-    if not _stays_inside(key):
+    if not stays_inside(key):
         raise ValueError(f"{key!r} leads out of the folder of pictures")
     return key
 
@@ -431,7 +270,7 @@ class LabelWriter:
         gone = [shard_name(number) for number in range(self.info.shards) if not self.finished(number)]
         if gone:
             raise LabelMapError(
-                f"{self.folder}: {len(gone)} of {self.info.shards} shards are not there ({_some(gone)}); all processes "
+                f"{self.folder}: {len(gone)} of {self.info.shards} shards are not there ({some(gone)}); all processes "
                 "must write to this folder, on a disk that they share; the same command goes on"
             )
         parts, left_out = [], []
@@ -521,7 +360,7 @@ class LabelStore:
         scores, indices = decode(record)
         if indices.numpy().view(np.uint64).max() >= self.classes or not record["low"] <= record["high"]:
             raise LabelMapError(
-                f"{self._path(number)}: the map of {key} is no map of {self.classes} classes: {_DAMAGED}"
+                f"{self._path(number)}: the map of {key} is no map of {self.classes} classes: {DAMAGED}"
             )
         return scores, indices
 
@@ -555,7 +394,7 @@ class LabelStore:
             self._check_mapped(pictures.keys if isinstance(pictures, PictureList) else pictures)
         for number, part in enumerate(self._parts if checksums else []):
             if hashlib.sha256(self._path(number).read_bytes()).hexdigest() != part.sha256:
-                raise LabelMapError(f"{self._path(number)}: the checksum is not that of {MANIFEST}: {_DAMAGED}")
+                raise LabelMapError(f"{self._path(number)}: the checksum is not that of {MANIFEST}: {DAMAGED}")
 
     def _manifest(self) -> _Manifest:
         path = self.folder / MANIFEST
@@ -576,15 +415,15 @@ class LabelStore:
         expected = [(shard_name(number), len(self.info.rows(number))) for number in range(self.info.shards)]
         found = [(part.file, len(part.keys)) for part in self._parts]
         if found != expected or any(len(part.keys) != len(part.sizes) for part in self._parts):
-            raise LabelMapError(f"{path}: its shards are not those of {self.info.pictures} pictures: {_DAMAGED}")
+            raise LabelMapError(f"{path}: its shards are not those of {self.info.pictures} pictures: {DAMAGED}")
         if manifest.record != self.info.record.descr:
-            raise LabelMapError(f"{path}: the record is not that of its k, grid and classes: {_DAMAGED}")
+            raise LabelMapError(f"{path}: the record is not that of its k, grid and classes: {DAMAGED}")
         for number, (_, records) in enumerate(expected):
             file, length = self._path(number), records * self.info.record.itemsize
             if not file.is_file():
-                raise LabelMapError(f"{file}: no such file, but the manifest names it: {_DAMAGED}")
+                raise LabelMapError(f"{file}: no such file, but the manifest names it: {DAMAGED}")
             if file.stat().st_size != length:
-                raise LabelMapError(f"{file}: {file.stat().st_size} bytes, expected {length}: {_DAMAGED}")
+                raise LabelMapError(f"{file}: {file.stat().st_size} bytes, expected {length}: {DAMAGED}")
 
     def _check_annotator(self, wanted: str | nn.Module) -> None:
         own = self.info.annotator
@@ -605,9 +444,9 @@ class LabelStore:
         changed = [key for key, size in mine.items() if sizes.get(key, size) != size]
         where = ", ".join(map(str, pictures.sources[:3]))
         if gone:
-            what = f"{len(gone)} of its pictures are not in {where} ({_some(gone)})"
+            what = f"{len(gone)} of its pictures are not in {where} ({some(gone)})"
         elif changed:
-            what = f"{len(changed)} pictures in {where} are not as long as they were ({_some(changed)})"
+            what = f"{len(changed)} pictures in {where} are not as long as they were ({some(changed)})"
         else:
             return
         raise LabelMapError(f"{self.folder}: {what}: maps of other pictures; name the right ones, or label these")
@@ -617,7 +456,7 @@ class LabelStore:
         if without:
             raise LabelMapError(
                 f"{self.folder}: {len(without)} pictures have no map: {self._why_not(without[0])}"
-                + (f"; nor have {_some(without[1:])}" if without[1:] else "")
+                + (f"; nor have {some(without[1:])}" if without[1:] else "")
             )
 
     def _why_not(self, key: str) -> str:
@@ -629,7 +468,7 @@ class LabelStore:
         return self.folder / shard_name(number)
 
 
-_DAMAGED = "damaged or exchanged; copy the maps again, or delete the file and call `distillkit label` again"
+DAMAGED = "damaged or exchanged; copy the maps again, or delete the file and call `distillkit label` again"
 
 M = TypeVar("M", bound=_Header)
 
@@ -667,114 +506,5 @@ def _short(value: object) -> str:
     return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else str(value)
 
 
-def _some(names: Sequence[str], shown: int = 3) -> str:
+def some(names: Sequence[str], shown: int = 3) -> str:
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
-
-
-# -- the published format ---------------------------------------------------------------------------------------------
-
-#: float16 holds every whole number up to this one
-EXACT = 2048
-
-
-class ReleaseMaps:
-    """The label maps that TokenLabeling and ReLabel published for ImageNet, and others of their format.
-
-    A file ``<root>/<class folder>/<stem>.pt`` holds one tensor (2, k, H, W) float16: scores, then class indices. The
-    stem is what stands before the first dot of the picture's name, and of a picture's path only the last two parts are
-    looked at. The maps cover the centre square of their pictures. The format says nothing of annotator and pictures.
-
-    Args:
-        root: the folder of the class folders.
-        classes: of the annotator; at most 2049, as float16 holds no larger index for certain.
-
-    Raises:
-        LabelMapError: no maps there, or too many classes; from ``maps[key]``, a file that is not such a map.
-
-    Attributes: classes, k, grid, region as ``LabelMaps``; k and grid are the first map's, and all must have them.
-    """
-
-    region: Region = "center_square"
-
-    def __init__(self, root: str | Path, classes: int = 1000):
-        self.root, self.classes = Path(root), classes
-        if classes > EXACT + 1:
-            raise LabelMapError(
-                f"{root}: {classes} classes, but indices in float16 are wrong above {EXACT}: label the pictures anew, "
-                "with `distillkit label`"
-            )
-        first = next(iter(sorted(self.root.glob("*/*.pt"))), None)
-        if first is None:
-            raise LabelMapError(f"{root}: no <class>/<picture>.pt in it: name the folder of the class folders")
-        shape = read_release_map(first, classes)[0].shape
-        self.k, self.grid = shape[0], (shape[1], shape[2])
-
-    @property
-    def keys(self) -> list[str]:
-        """Class folder and stem of every map, as "n01440764/n01440764_10026"."""
-        return sorted(f"{path.parent.name}/{path.name.removesuffix('.pt')}" for path in self.root.glob("*/*.pt"))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self.root.glob("*/*.pt"))
-
-    def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self._path(key).is_file()
-
-    def __getitem__(self, key: str) -> tuple[Tensor, Tensor]:
-        path = self._path(key)
-        scores, indices = read_release_map(path, self.classes)
-        if scores.shape != (self.k, *self.grid):
-            raise LabelMapError(
-                f"{path}: {tuple(scores.shape)}, other maps here are {(self.k, *self.grid)}: {_DAMAGED}"
-            )
-        return scores, indices
-
-    def check(self, keys: Iterable[str]) -> None:
-        """Raises LabelMapError where pictures have no map, or two of them the same one."""
-        keys = list(keys)
-        seen: dict[Path, str] = {}
-        for key in keys:
-            other = seen.setdefault(self._path(key), key)
-            if other != key:
-                raise LabelMapError(
-                    f"{self._path(key)}: the map of {other} and of {key}, as names end at the first dot: rename the "
-                    "pictures and label them anew, with `distillkit label`"
-                )
-        without = [key for key in keys if key not in self]
-        if without:
-            raise LabelMapError(f"{self.root}: {len(without)} pictures have no map ({_some(without)})")
-
-    def _path(self, key: str) -> Path:
-        if not _stays_inside(key) or "/" not in key:
-            raise LabelMapError(f"{key!r}: expected the path of a picture, as in n01440764/n01440764_10026.JPEG")
-        folder, name = key.split("/")[-2:]
-        return self.root / folder / f"{name.split('.')[0]}.pt"
-
-
-def read_release_map(path: str | Path, classes: int = EXACT) -> tuple[Tensor, Tensor]:
-    """A map of the published format: (scores float32 (k, H, W), indices int64 (k, H, W)). No code in it is run.
-
-    Raises:
-        LabelMapError: no such file, or not such a map, or one with indices that float16 may have changed.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise LabelMapError(f"{path}: no such file; expected the map of a picture")
-    try:
-        stored = torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # zipfile, pickle and struct raise types of their own for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise LabelMapError(f"{path}: not a readable tensor ({reason}): copy it again") from error
-    if not isinstance(stored, Tensor) or stored.dim() != 4 or len(stored) != 2 or not stored.is_floating_point():
-        shape = tuple(stored.shape) if isinstance(stored, Tensor) else type(stored).__name__
-        raise LabelMapError(f"{path}: expected a tensor (2, k, H, W) of scores and class indices, got {shape}")
-    scores, places = stored.float()
-    indices = places.long()
-    if not scores.isfinite().all() or not torch.equal(indices.float(), places) or indices.min() < 0:
-        raise LabelMapError(f"{path}: its second half are no class indices, or a score is not finite: copy it again")
-    if indices.max() >= min(classes, EXACT):
-        raise LabelMapError(
-            f"{path}: class {indices.max()}, expected less than {min(classes, EXACT)}: the maps are of another number "
-            "of classes, or of so many that float16 does not hold them; then label anew, with `distillkit label`"
-        )
-    return scores, indices

@@ -158,7 +158,7 @@ class Augment:
             raise ValueError("mosaic and multi_scale need size: give the network's input as S or (height, width)")
 
     def indices(self, index: int, length: int, generator: torch.Generator) -> list[int]:
-        if not self.mosaic or _draw(generator) >= self.mosaic:
+        if not self.mosaic or draw(generator) >= self.mosaic:
             return [index]
         return [index, *torch.randint(length, (3,), generator=generator).tolist()]
 
@@ -173,7 +173,7 @@ class Augment:
             sample = _random_crop(sample, self.crop, generator)
         if size is not None:
             sample = _resized(sample, fitted(sample.size, size, self.keep_ratio, self.pad))
-        for mirror in self._mirrors(_draw(generator)):
+        for mirror in self._mirrors(draw(generator)):
             sample = Sample(mirror(sample.image), mirror(sample.boxes), sample.labels)
         if self.color:
             sample = _coloured(sample, self.color, generator)
@@ -196,7 +196,7 @@ class Augment:
         height, width = _pair(self.size)
         if self.multi_scale is None:
             return height, width
-        factor = _draw(generator, *self.multi_scale)
+        factor = draw(generator, *self.multi_scale)
         return max(1, round(height * factor)), max(1, round(width * factor))
 
 
@@ -229,7 +229,7 @@ def cropped(sample: Sample, top: int, left: int, height: int, width: int) -> Sam
 
 
 def _random_crop(sample: Sample, smallest: float, generator: torch.Generator) -> Sample:
-    height, width = (max(1, round(side * _draw(generator, smallest, 1.0))) for side in sample.size)
+    height, width = (max(1, round(side * draw(generator, smallest, 1.0))) for side in sample.size)
     return _window(sample, (height, width), generator)
 
 
@@ -243,7 +243,7 @@ def _mosaic(samples: Sequence[Sample], size: Size, generator: torch.Generator) -
     """Four pictures around a centre that is drawn from the middle half; each is enlarged to cover ``size`` with its
     aspect kept, and a random part of it fills its quarter."""
     height, width = size
-    y, x = round(height * _draw(generator, 0.25, 0.75)), round(width * _draw(generator, 0.25, 0.75))
+    y, x = round(height * draw(generator, 0.25, 0.75)), round(width * draw(generator, 0.25, 0.75))
     tiles = [(0, 0, y, x), (0, x, y, width), (y, 0, height, x), (y, x, height, width)]
     canvas = torch.empty(3, height, width, dtype=torch.uint8)
     boxes, labels = [], []
@@ -271,7 +271,7 @@ def _padded(sample: Sample, size: Size) -> Sample:
 def _coloured(sample: Sample, strength: float, generator: torch.Generator) -> Sample:
     image = sample.image
     for adjust in (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation):
-        image = adjust(image, _draw(generator, 1 - strength, 1 + strength))
+        image = adjust(image, draw(generator, 1 - strength, 1 + strength))
     return Sample(image, sample.boxes, sample.labels)
 
 
@@ -308,5 +308,6 @@ def _pair(size: int | Size) -> Size:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _draw(generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
+def draw(generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
+    """A number between the two, each as likely."""
     return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from distillkit.data.class_transforms import MEAN, STD
-from distillkit.data.classes import collate
-from distillkit.evaluation.predict import Progress, evaluating
+from distillkit.core.adapter import said_by
+from distillkit.evaluation.predict import Progress, evaluating, in_order
 
 
 @dataclass(frozen=True)
@@ -55,23 +54,14 @@ def classify_dataset(
         dataset: ``dataset[(0, index)]`` gives (image in 0..1, target with label).
         progress: called as (pictures done, pictures in all) after each batch.
     """
-    keys = [(0, i) for i in range(len(dataset))]
-    loader: DataLoader = DataLoader(
-        dataset,
-        batch_sampler=[keys[i : i + batch] for i in range(0, len(keys), batch)],  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=collate,
-        generator=torch.Generator(),  # its own: starting the workers must not move the global one
-    )
     found: list[dict[str, Any]] = []
     with evaluating(model), torch.inference_mode():
-        for pictures, targets in loader:
-            logits = model(normalised(model, pictures.to(device))).float().cpu()
-            found += [
-                {"logits": row, "label": int(label)} for row, label in zip(logits, targets["labels"], strict=True)
-            ]
+        for items in in_order(dataset, batch, workers):
+            pictures = torch.stack([image for image, _ in items]).to(device)
+            logits = model(normalised(model, pictures)).float().cpu()
+            found += [{"logits": row, "label": target["label"]} for row, (_, target) in zip(logits, items, strict=True)]
             if progress is not None:
-                progress(len(found), len(keys))
+                progress(len(found), len(dataset))
     return found
 
 
@@ -84,8 +74,7 @@ def normalised(model: nn.Module, pictures: Tensor) -> Tensor:
 
 def moments(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) of a model's input."""
-    said = getattr(model, "pretrained_cfg", None) or {}
-    return tuple(said.get("mean", MEAN)), tuple(said.get("std", STD))
+    return said_by(model) or (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 def class_metrics(found: Sequence[dict[str, Any]], classes: Sequence[str]) -> ClassificationResult:

@@ -36,25 +36,28 @@ def predict_dataset(
 
     Raises ValueError where the data set's targets lack scale, or the model returns another number of results.
     """
-    keys = [(0, i) for i in range(len(dataset))]
-    batches = [keys[i : i + batch] for i in range(0, len(keys), batch)]
-    loader: DataLoader = DataLoader(
-        dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=list,
-        generator=torch.Generator(),  # its own: starting the workers must not move the global one
-    )
     predictions: list[dict[str, Any]] = []
     with evaluating(model), torch.inference_mode():
-        for items in loader:
+        for items in in_order(dataset, batch, workers):
             outputs = model([image.to(device) for image, _ in items])
             if len(outputs) != len(items):
                 raise ValueError(f"the model returned {len(outputs)} results for {len(items)} images")
             predictions += [_prediction(output, target) for output, (_, target) in zip(outputs, items)]
             if progress is not None:
-                progress(len(predictions), len(keys))
+                progress(len(predictions), len(dataset))
     return predictions
+
+
+def in_order(dataset: Any, batch: int, workers: int) -> DataLoader:
+    """The samples of epoch 0, in lists of ``batch``."""
+    keys = [(0, i) for i in range(len(dataset))]
+    return DataLoader(
+        dataset,
+        batch_sampler=[keys[i : i + batch] for i in range(0, len(keys), batch)],  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # its own: starting the workers must not move the global one
+    )
 
 
 @contextmanager

@@ -47,27 +47,33 @@ def backbone(name: str, strides: Sequence[int], pretrained: bool | str | Path = 
         raise _unfetched(f"backbone {name!r}", error) from error
 
 
-def classifier(name: str, classes: int, pretrained: bool | str | Path = False, **options: Any) -> nn.Module:
+def classifier(name: str, classes: int | None, pretrained: bool | str | Path = False, **options: Any) -> Any:
     """A classifier of timm, those of distillkit among them.
 
     Args:
-        pretrained: as for ``backbone``. The last layer's weights are taken too where the file has as many classes.
+        classes: how many it tells apart; None: as many as its weights do.
+        pretrained: as for ``backbone``, with the classifier, which is taken too where it has as many classes.
         options: what else ``timm.create_model`` takes.
 
-    Raises: as ``backbone``; ValueError also for options that the model does not take.
+    Raises: as ``backbone``; ValueError also for options that the model does not take, or True where timm has no
+        weights.
     """
     from distillkit.models import classifiers  # noqa: F401  (registers them)
 
     name = name.removeprefix("distillkit/")  # which timm itself takes no longer
     if not timm.is_model(name):
-        raise ValueError(f"model {name!r} is none of timm's; timm.list_models('*{name[:6]}*') lists similar names")
+        raise ValueError(f"model {name!r} is not a timm model; timm.list_models('*{name[:6]}*') lists similar names")
+    if pretrained is True and not getattr(timm.get_pretrained_cfg(name), "has_weights", False):
+        raise ValueError(f"model {name!r}: timm has no weights for it; name a file of weights")
     if pretrained and pretrained is not True:
-        found = _weights(name, pretrained, whole=True)
-        known = next((len(value) for key, value in found.items() if key.startswith(_heads(name))), 0)
-        options["pretrained_cfg_overlay"] = {"state_dict": found, "num_classes": known}
+        found, known = _classifier_weights(name, pretrained, options)
+        overlay = {"state_dict": found, "num_classes": known, "label_offset": 0}
+        options, classes = options | {"pretrained_cfg_overlay": overlay}, known if classes is None else classes
+    if classes is not None:
+        options = options | {"num_classes": classes}
     try:
         with _only_errors_of(logging.getLogger("timm.models._builder")):
-            return timm.create_model(name, bool(pretrained), num_classes=classes, **options)
+            return timm.create_model(name, bool(pretrained), **options)
     except OSError as error:
         raise _unfetched(f"model {name!r}", error) from error
     except TypeError as error:
@@ -122,26 +128,49 @@ def _levels_of(name: str, strides: Sequence[int]) -> tuple[int, ...]:
     return tuple(chosen)
 
 
-def _weights(name: str, source: str | Path, whole: bool = False) -> dict[str, Tensor]:
-    """The weights in ``source`` under timm's names, checked for completeness; the classifier's only if ``whole``."""
-    with torch.device("meta"):
-        wanted = timm.create_model(name).state_dict()
+def _weights(name: str, source: str | Path) -> dict[str, Tensor]:
+    """The weights in ``source`` under timm's names, without the classifier, checked for completeness."""
+    wanted = _shell(name).state_dict()
+    heads = tuple(f"{head}." for head in _heads(name))
+    found = _found(name, source, wanted)
+    bodies = [{k: v for k, v in d.items() if not k.startswith(heads)} for d in (wanted, found)]
+    explain_mismatch(source, *bodies)
+    return bodies[1]
+
+
+def _classifier_weights(name: str, source: str | Path, options: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
+    """All weights in ``source``, checked for completeness, and how many classes they tell apart. They may be those of
+    the model at its own size, or as it is with ``options``."""
+    shell = _shell(name)
+    found = _found(name, source, shell.state_dict())
+    head = next((found.get(f"{head}.weight") for head in _heads(name)), None)
+    classes = shell.num_classes if head is None else len(head)
+    wanted = _shell(name, num_classes=classes).state_dict()
+    changed = _shell(name, num_classes=classes, **options).state_dict() if options else wanted
+    if all(key in found and found[key].shape == value.shape for key, value in changed.items()):
+        wanted = changed
+    explain_mismatch(source, wanted, found)
+    return found, classes
+
+
+def _found(name: str, source: str | Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = _wheel(name, wanted) if str(source) == LITE0_WHEEL else read_weights(source)
     for key, value in wanted.items():  # files older than torch 0.4.1 lack these counters
         if key.endswith("num_batches_tracked"):
             found.setdefault(key, torch.zeros(value.shape, dtype=value.dtype))
-    heads = _heads(name)
-    # how many classes a file's classifier tells apart is for the caller to say
-    bodies = ({k: v for k, v in d.items() if not k.startswith(heads)} for d in (wanted, found))
-    explain_mismatch(source, *bodies)
-    return found if whole else {k: v for k, v in found.items() if not k.startswith(heads)}
+    return found
+
+
+def _shell(name: str, **options: Any) -> Any:
+    """A model without numbers."""
+    with torch.device("meta"):
+        return timm.create_model(name, **options)
 
 
 def _heads(name: str) -> tuple[str, ...]:
-    """What the names of a timm model's classifier's weights begin with."""
-    classifier = timm.get_pretrained_cfg(name)
-    names = (classifier and classifier.classifier) or ()
-    return tuple(f"{c}." for c in ((names,) if isinstance(names, str) else names))
+    """The names of a timm model's classifiers."""
+    names = getattr(timm.get_pretrained_cfg(name), "classifier", None) or ()
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _wheel(name: str, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -174,12 +174,15 @@ class _Classes(_Data):
     """For evaluation the picture is resized so that the size is this share of its shorter side, and its middle cut out;
     1.0 with square pictures: all of it."""
     augment: ClassAugment = ClassAugment()
+
+
+class _Labelled(_Classes):
     label_maps: str | None = None
     """Folder of dense label maps of the training pictures, made by `distillkit label`; for distillers of kind
-    token-labeling without a teacher."""
+    token-labeling with source: maps."""
 
 
-class FolderData(_Classes):
+class FolderData(_Labelled):
     """Pictures in a folder for each class, below a folder for each split."""
 
     kind: Literal["image-folder"]
@@ -201,7 +204,7 @@ class CifarData(_Classes):
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
-class TarData(_Classes):
+class TarData(_Labelled):
     """Tar files of pictures and labels in webdataset's layout: KEY.jpg (or .png, .webp) and KEY.cls."""
 
     kind: Literal["webdataset"]

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from distillkit import schema
+from distillkit.core.teacher import Renormalise
 from distillkit.data.classes import collate
-from distillkit.evaluation.classes import normalised
+from distillkit.evaluation.classes import moments
 from distillkit.schema import Recipe
+
+AS_LOADED = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # mean and deviation of pictures in 0..1 that nothing was done to
 
 
 def batches(recipe: Recipe, student: nn.Module, classes: int) -> dict[str, Any]:
@@ -28,7 +31,7 @@ class Prepared:
     """
 
     def __init__(self, augment: schema.ClassAugment, student: nn.Module, classes: int):
-        self.student = student
+        self.normalise = Renormalise(AS_LOADED, moments(student))
         kinds = ((augment.mixup, v2.MixUp), (augment.cutmix, v2.CutMix))
         self.mixing = [kind(alpha=alpha, num_classes=classes) for alpha, kind in kinds if alpha]
 
@@ -37,5 +40,5 @@ class Prepared:
         if self.mixing:
             chosen = self.mixing[int(torch.randint(len(self.mixing), ()))]
             pictures, labels = chosen(pictures, labels)
-        pictures = normalised(self.student, pictures)
+        pictures = self.normalise(pictures)
         return pictures, {**targets, "labels": labels} if "label_map" in targets else labels

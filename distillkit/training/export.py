@@ -150,8 +150,8 @@ def _onnx(dense: nn.Module, pictures: Tensor, wanted: tuple[Tensor, ...], path: 
     except ImportError as error:
         raise RunError(f"onnx needs the package {error.name!r}: pip install 'distillkit[export]'") from error
     batch = torch.export.Dim("batch", min=1)
-    levels = len(wanted) // 2
-    names = [f"{what}_{i}" for what in ("classes", "edges") for i in range(levels)] or ["logits"]
+    levels = range(len(wanted) // 2)
+    names = ["logits"] if len(wanted) == 1 else [f"{what}_{i}" for what in ("classes", "edges") for i in levels]
     program = torch.onnx.export(
         dense,
         (pictures,),

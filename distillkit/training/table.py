@@ -24,7 +24,7 @@ def write_table(folder: Path, rows: list[Row]) -> None:
 
 def cells(rows: list[Row]) -> list[list[str]]:
     """Header and rows as texts: scores in per cent, "-" for the training minutes of a model that was not trained."""
-    scores = [key for key in rows[0] if key not in ("row", "parameters", "minutes")]
+    scores = [key for row in rows[:1] for key in row if key not in ("row", "parameters", "minutes")]
     body = [
         [
             row["row"],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distillkit import plugins, schema
 from distillkit.data.class_transforms import Middle, Random
-from distillkit.data.classes import Cifar, DigitPictures, PictureFolder, TarPictures
+from distillkit.data.classes import Cifar, DigitPictures, PictureFolder, TarPictures, class_folders
 from distillkit.data.coco import CocoDetection, read_coco
 from distillkit.data.coco_rotated import CocoRotated
 from distillkit.data.dota import DOTA_CLASSES, DotaDetection
@@ -71,14 +71,14 @@ def _classes(recipe: schema.ClassificationRecipe, split: str, augmented: bool) -
     source: Any = getattr(data, split, split)
     if source is None:
         raise RunError(f"data.{split} is not set in the recipe {recipe.name!r}: name the {split} split, or use another")
-    maps = LabelStore(data.label_maps) if augmented and data.label_maps else None
+    maps = LabelStore(folder) if augmented and (folder := getattr(data, "label_maps", None)) else None
     how: dict[str, Any] = {"transform": _class_transform(data, augmented), "seed": recipe.seed}
     pictures: Any
     if isinstance(data, schema.FolderData):
-        classes = None if split == "train" else PictureFolder(data.root, data.train).classes
+        classes = class_folders(Path(data.root) / data.train)
         pictures = PictureFolder(data.root, source, classes, maps=maps, **how)
     elif isinstance(data, schema.CifarData):
-        pictures = Cifar(data.root, split, data.classes, maps=maps, **how)
+        pictures = Cifar(data.root, split, data.classes, **how)
     elif isinstance(data, schema.TarData):
         pictures = TarPictures(data.root, source, data.classes, maps=maps, **how)
     elif isinstance(data, schema.DigitData):
@@ -86,7 +86,7 @@ def _classes(recipe: schema.ClassificationRecipe, split: str, augmented: bool) -
     else:
         return plugins.build("data", data.name, split=split, **how, **data.options)
     if maps is not None:
-        maps.check(pictures.keys)
+        maps.check(pictures.pictures)
     return pictures
 
 
@@ -154,8 +154,13 @@ def build_classes(recipe: Recipe) -> Classes:
         DataError: annotations that name no class.
     """
     if isinstance(recipe, schema.ClassificationRecipe):
-        built = build_data(recipe, "train" if isinstance(recipe.data, schema.FolderData) else "val", augmented=False)
-        return Classes(built.classes, list(range(len(built.classes))))
+        if isinstance(recipe.data, schema.FolderData):
+            classes = class_folders(Path(recipe.data.root) / recipe.data.train)
+        elif isinstance(recipe.data, schema.TarData):
+            classes = recipe.data.classes
+        else:
+            classes = build_data(recipe, "val", augmented=False).classes
+        return Classes(classes, list(range(len(classes))))
     data = recipe.data
     if isinstance(data, schema.DotaData):
         names = DOTA_CLASSES[data.classes] if isinstance(data.classes, str) else data.classes
