@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ from distillkit.training.folder import alone_in, open_folder, versions
 from distillkit.training.run import Jobs
 
 RESULTS = Path(__file__).parent / "results"
-NUMBERS = ("AP", "AP50", "AP75")
+#: scores whose difference to the first row is shown, by the task's first score
+PAIRED = {"AP": ("AP", "AP75"), "top1": ("top1",)}
+#: tables of each class: title, key of a line, key in the scores of a class
+OF_CLASS = {"AP": (("AP", "classes", "ap"), ("AP50", "classes50", "ap50")), "top1": (("Recall", "classes", "recall"),)}
 #: steps at the end of a training over which its losses are averaged
 LAST = 50
 
@@ -114,20 +118,23 @@ class Bench:
         """Both tables of the cells that are there: teachers first, then the rows against the first of them."""
         rows = {row.row: self._of(row) for row in self.recipe.compare}
         first, reference = next(iter(rows.items()))
+        scores, paired = self.recipe.SCORES, PAIRED[self.recipe.SCORES[0]]
         shown = {name: lines for name, lines in (self._teacher_lines() | rows).items() if lines}
         if not shown:
             return
         compared = {name: reference if name in rows and name != first else [] for name in shown}
-        head = ["row", "n", *NUMBERS, f"AP less {first}, same seed", "AP75 less", "distillers' losses / loss_bbox"]
         lines = [line for of_row in shown.values() for line in of_row]
+        less = [f"{paired[0]} less {first}, same seed", *(f"{score} less" for score in paired[1:])]
+        against = ["distillers' losses / loss_bbox"] if "AP" in scores else []
+        head = ["row", "n", *scores, *less, *against]
         classes = list(lines[0]["classes"])
         text = [
             f"# {self.recipe.name}",
             f"`{self.command}`",
             f"On `{self.recipe.evaluate.split}`, in per cent: mean ± deviation over n seeds. {_made_on(lines)}",
-            table(head, [[name, *_overall(of_row, compared[name])] for name, of_row in shown.items()]),
+            table(head, [[name, *_overall(of_row, compared[name], scores)] for name, of_row in shown.items()]),
         ]
-        for title, key in (("AP", "classes"), ("AP50", "classes50")):
+        for title, key, _ in OF_CLASS[scores[0]]:
             if all(key in line for line in lines):
                 by_class = [[name, *_by_class(of_row, key, classes)] for name, of_row in shown.items()]
                 text += [f"{title} of each class:", table(["row", *classes], by_class)]
@@ -188,11 +195,10 @@ def measured(jobs: Jobs, name: str) -> dict[str, Any]:
     """What a line says of a job: scores, parameters, minutes, its last losses, and what it was made with."""
     row, folder = jobs.table[-1], jobs.folders[name]
     scores = checkpoint.read_json(folder / f"scores-{jobs.recipe.evaluate.split}.json")
-    made_with = versions(jobs.recipe)
+    made_with, first = versions(jobs.recipe), jobs.recipe.SCORES[0]
     return {
-        **{number: row[number] for number in NUMBERS},
-        "classes": {of: numbers["ap"] for of, numbers in scores["classes"].items()},
-        "classes50": {of: numbers["ap50"] for of, numbers in scores["classes"].items()},
+        **{score: row[score] for score in jobs.recipe.SCORES},
+        **{key: {of: n[score] for of, n in scores["classes"].items()} for _, key, score in OF_CLASS[first]},
         "parameters": row["parameters"],
         "minutes": row["minutes"],
         "losses": last_losses(folder),
@@ -210,17 +216,13 @@ def last_losses(folder: Path) -> dict[str, float]:
     return {name: statistics.fmean(step[name] for step in steps) for name in steps[0]} if steps else {}
 
 
-def _overall(lines: list[dict[str, Any]], first: list[dict[str, Any]]) -> list[str]:
+def _overall(lines: list[dict[str, Any]], first: list[dict[str, Any]], scores: Sequence[str]) -> list[str]:
     """The cells of a row after its name; ``first``: the lines it is compared with, seed by seed."""
     others = {line["seed"]: line for line in first}
     pairs = [(line, others[line["seed"]]) for line in lines if line["seed"] in others]
-    gains = [_spread([a[number] - b[number] for a, b in pairs], "+.1f") if pairs else "" for number in ("AP", "AP75")]
-    return [
-        str(len(lines)),
-        *(_spread([line[number] for line in lines]) for number in NUMBERS),
-        *gains,
-        _ratios(lines),
-    ]
+    gains = [_spread([a[score] - b[score] for a, b in pairs], "+.1f") if pairs else "" for score in PAIRED[scores[0]]]
+    numbers = [_spread([line[score] for line in lines]) for score in scores]
+    return [str(len(lines)), *numbers, *gains, *([_ratios(lines)] if "AP" in scores else [])]
 
 
 def _by_class(lines: list[dict[str, Any]], key: str, classes: list[str]) -> list[str]:

@@ -262,7 +262,7 @@ data:
   test: test
   size: 32
   crop_pct: 1.0
-  batch: 8
+  batch: 4
   workers: 0
   augment: {scale: [0.5, 1.0], rand_augment: {layers: 1}, erase: 0.2}
 teacher: {kind: timm, model: resnet10t, train: {epochs: 1}}

@@ -293,6 +293,7 @@ def test_ranks_share_the_work_equally(length, world, batch):
 def test_last_batch_may_be_dropped():
     assert [len(b) for b in epoch_batches(5, 2)] == [2, 2, 1]
     assert [len(b) for b in epoch_batches(5, 2, drop_last=True)] == [2, 2]
+    assert [len(b) for b in epoch_batches(5, 8, drop_last=True)] == [5]
 
 
 @pytest.mark.parametrize(

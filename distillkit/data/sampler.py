@@ -70,8 +70,10 @@ def epoch_batches(
     ``batch`` is the number of samples a process, ``start`` the number of batches already seen. The number of batches
     and the size of each are the same on every process, and the processes together read in batch i what a single process
     with ``batch * world`` reads in it. With ``start`` at the end of the epoch there is nothing left to read.
+    ``drop_last`` leaves out what is no whole batch at the end, unless there would be no batch at all.
     """
-    seen = min(start * batch, -(-length // world))
+    share = -(-length // world)
+    seen, drop_last = min(start * batch, share), drop_last and share >= batch
     sampler = EpochSampler(length, seed, epoch, seen, rank, world, shuffle)
     return BatchSampler(sampler, batch, drop_last)  # type: ignore[arg-type]  # torch's stubs know int keys only
 

@@ -169,7 +169,8 @@ class _Classes(_Data):
     size: Size = [224, 224]
     """Network input in pixels: [height, width], or one number for both."""
     batch: Count = 64
-    """Pictures a process and step."""
+    """Pictures a process and step. What is left over at the end of an epoch, less than a batch, is not trained on in
+    it: a batch of one picture has no statistics; the next epoch leaves out other pictures."""
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.9
     """For evaluation the picture is resized so that the size is this share of its shorter side, and its middle cut out;
     1.0 with square pictures: all of it."""

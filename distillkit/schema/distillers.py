@@ -224,6 +224,8 @@ class TokenLabeling(_FromTeacher):
     """Weight of the tokens' loss against the class token's; null: 0.5, and 1 with convention: release."""
     mix_token: bool = True
     """Two pictures share one grid of tokens, mixed behind the patch embedding."""
+    mix_at: str = "patch_embed"
+    """Module of the student behind which they are mixed: in a ResNet, for example, maxpool."""
     ground_truth: bool = False
     """The class label is blended with the annotator's."""
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1

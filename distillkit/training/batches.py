@@ -18,10 +18,16 @@ AS_LOADED = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # mean and deviation of pictures i
 
 
 def batches(recipe: Recipe, student: nn.Module, classes: int) -> dict[str, Any]:
-    """``collate`` and ``prepare`` of a ``Job``, where the recipe's task has its own."""
+    """``collate``, ``prepare`` and ``drop_last`` of a ``Job``, where the recipe's task has its own."""
     if not isinstance(recipe, schema.ClassificationRecipe):
         return {}
-    return {"collate": collate, "prepare": Prepared(recipe.data.augment, student, classes)}
+    prepare = Prepared(recipe.data.augment, student, classes)
+    return {"collate": collate, "prepare": prepare, "drop_last": drop_last(recipe)}
+
+
+def drop_last(recipe: Recipe) -> bool:
+    """Whether an epoch ends with its last whole batch: classifiers need the statistics of a batch."""
+    return isinstance(recipe, schema.ClassificationRecipe)
 
 
 class Prepared:

@@ -26,7 +26,7 @@ from distillkit.evaluation.classes import classify_dataset
 from distillkit.evaluation.predict import predict_dataset
 from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint
-from distillkit.training.batches import batches
+from distillkit.training.batches import batches, drop_last
 from distillkit.training.errors import RunError
 from distillkit.training.evaluate import Share, check_submission, judged, whole
 from distillkit.training.loop import check_settings
@@ -203,7 +203,7 @@ def _rehearsed(
     recipe: Recipe, step: Planned, teachers: Mapping[str, nn.Module], data: Mapping[str, build.DetectionData]
 ) -> Iterator[Finding]:
     """Build the model and make one step forward and back, as training does, from the same first weights; score it."""
-    check_settings(step.train, len(data["train"]), recipe.data.batch)
+    check_settings(step.train, len(data["train"]), recipe.data.batch, drop_last(recipe))
     classes = len(data["train"].classes)
     checkpoint.seed_everything(recipe.seed)
     model = build.build_model(step.model, classes, recipe.evaluate)

@@ -71,6 +71,7 @@ class Job:
         resume: the command that goes on after an interruption, for the message.
         collate: from samples to (images, targets).
         prepare: from these, on the device, to what the model is called with.
+        drop_last: an epoch ends with its last whole batch.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Job:
     resume: str = "the same command"
     collate: Callable[..., tuple[Any, Any]] = collate
     prepare: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    drop_last: bool = False
 
 
 @dataclass
@@ -127,7 +129,7 @@ def fit(job: Job, console: Console) -> dict[str, Any]:
         return run.finish()
 
 
-def check_settings(train: Train, length: int, batch: int) -> None:
+def check_settings(train: Train, length: int, batch: int, drop_last: bool = False) -> None:
     """What can be said of a training on ``length`` pictures before any model is built.
 
     Raises:
@@ -135,7 +137,8 @@ def check_settings(train: Train, length: int, batch: int) -> None:
     """
     with _settings(train):
         world = _accelerator(train.amp).num_processes
-    warmup_steps(_optimizer_steps(train, len(epoch_batches(length, batch, world=world))), train.schedule)
+    batches = epoch_batches(length, batch, world=world, drop_last=drop_last)
+    warmup_steps(_optimizer_steps(train, len(batches)), train.schedule)
 
 
 def _optimizer_steps(train: Train, batches: int) -> int:
@@ -185,8 +188,8 @@ class Run:
             yield window
 
     def _batches(self, epoch: int, start: int) -> BatchSampler:
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        return epoch_batches(len(self.job.data), self.job.batch, self.job.seed, epoch, start, rank, world)
+        job, rank, world = self.job, self.accelerator.process_index, self.accelerator.num_processes
+        return epoch_batches(len(job.data), job.batch, job.seed, epoch, start, rank, world, drop_last=job.drop_last)
 
     def step(self, window: list) -> None:
         """One optimizer step on the mean over the images of ``window``."""

@@ -16,7 +16,7 @@ from distillkit import recipe as recipes
 from distillkit import schema
 from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint
-from distillkit.training.batches import batches
+from distillkit.training.batches import batches, drop_last
 from distillkit.training.errors import CheckpointError, RunError
 from distillkit.training.evaluate import check_submission, judged, plain, predicted, score, submit
 from distillkit.training.folder import alone_in, changed_versions, check_owner, open_folder, versions
@@ -139,7 +139,7 @@ class Jobs:
         check_submission(self.recipe, self.judged)
         for step in steps:
             try:
-                check_settings(step.train, len(self.train), self.recipe.data.batch)
+                check_settings(step.train, len(self.train), self.recipe.data.batch, drop_last(self.recipe))
                 check_optimizer(step, self._model(step.model))
             except RunError as error:
                 raise RunError(f"{step.where}: {error}") from error
