@@ -57,7 +57,7 @@ def main() -> None:
         f"A picture of {HEIGHT} x {WIDTH} pixels whose colours are the place in it, and a map of {CELLS} x {CELLS} "
         f"cells, each with a class of its own. Of each of {GRID[0]} x {GRID[1]} tokens of a view of {VIEWED} x "
         f"{VIEWED}: how far the mean place of the classes it is told is from the mean place of the pixels it shows, in "
-        "cells. Tokens wholly in the picture, and a cell and a half from its border: a map of cell centres is flat there.",
+        "cells. Tokens wholly in the picture, and a cell and a half from its border, where maps are flat.",
         table(["view", "mean", "99 %", "largest", "release: mean", "99 %", "largest"], places(args.views)),
     ]
     if "DISTILLKIT_DATA" in os.environ and importlib.util.find_spec(LITE0_WHEEL.replace("-", "_")):
