@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from distillkit.cli import app
 from distillkit.data.class_transforms import Middle, Random, erased, window
 from distillkit.data.classes import Cifar, DigitPictures, PictureFolder, TarPictures
+from distillkit.data.label_store import LabelMapError
 from distillkit.data.problems import DataError
 from distillkit.data.randaugment import RandAugment
 from distillkit.evaluation.classes import class_metrics, classify_dataset
@@ -358,6 +359,26 @@ def test_a_run_on_stored_label_maps(tmp_path):
     assert json.loads((folder / "table.json").read_text())[0]["row"] == "distilled"
     (root / "train" / "red" / "new.png").write_bytes(png("red"))
     with pytest.raises(ValueError, match=r"red/new\.png"):
+        build.build_data(recipe, "train", augmented=True)
+
+
+@pytest.mark.parametrize(("convention", "region"), [("default", "center_square"), ("release", "full")])
+def test_published_label_maps_are_read_by_a_recipe(tmp_path, convention, region):
+    root = folder_of_colours(tmp_path / "set", 4)
+    stored = torch.stack([torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.0])])[:, :, None, None].expand(2, 2, 3, 3)
+    for picture in (root / "train").glob("*/*"):
+        path = tmp_path / "maps" / picture.parent.name / (picture.name.partition(".")[0] + ".pt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(stored.half(), path)
+    distiller = {"kind": "token-labeling", "source": "maps", "mix_token": False, "convention": convention}
+    text = changed(distillers=[distiller], compare=["distilled"])
+    recipe = recipe_of(tmp_path, f"data.label_maps={tmp_path / 'maps'}", "data.augment.rand_augment=null", text=text)
+    data = build.build_data(recipe, "train", augmented=True)
+    assert data.maps.region == region
+    assert data[0, 0][1]["label_map"].indices[:, 0, 0].tolist() == [1, 0]
+    run(recipe, console=Console(quiet=True))
+    path.unlink()
+    with pytest.raises(LabelMapError, match=r"1 pictures have no map"):
         build.build_data(recipe, "train", augmented=True)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distillkit.data.label_store import DAMAGED, LabelMapError, Region, some
-from distillkit.data.picture_list import stays_inside
+from distillkit.data.picture_list import PictureList, stays_inside
 
 #: float16 holds every whole number up to this one
 EXACT = 2048
@@ -20,22 +20,22 @@ class ReleaseMaps:
 
     A file ``<root>/<class folder>/<stem>.pt`` holds one tensor (2, k, H, W) float16: scores, then class indices. The
     stem is what stands before the first dot of the picture's name, and of a picture's path only the last two parts are
-    looked at. The maps cover the centre square of their pictures. The format says nothing of annotator and pictures.
+    looked at. The format says nothing of annotator and pictures.
 
     Args:
         root: the folder of the class folders.
         classes: of the annotator; at most 2049, as float16 holds no larger index for certain.
+        region: what the maps cover of their pictures. The published ones cover the centre square, and the published
+            training reads them as if it were the full picture.
 
     Raises:
         LabelMapError: no maps there, or too many classes; from ``maps[key]``, a file that is not such a map.
 
-    Attributes: classes, k, grid, region as ``LabelMaps``; k and grid are the first map's, and all must have them.
+    Attributes: classes, k, grid as ``LabelMaps``; k and grid are the first map's, and all must have them.
     """
 
-    region: Region = "center_square"
-
-    def __init__(self, root: str | Path, classes: int = 1000):
-        self.root, self.classes = Path(root), classes
+    def __init__(self, root: str | Path, classes: int = 1000, region: Region = "center_square"):
+        self.root, self.classes, self.region = Path(root), classes, region
         if classes > EXACT + 1:
             raise LabelMapError(
                 f"{root}: {classes} classes, but indices in float16 are wrong above {EXACT}: label the pictures anew, "
@@ -65,9 +65,9 @@ class ReleaseMaps:
             raise LabelMapError(f"{path}: {tuple(scores.shape)}, other maps here are {(self.k, *self.grid)}: {DAMAGED}")
         return scores, indices
 
-    def check(self, keys: Iterable[str]) -> None:
+    def check(self, pictures: PictureList | Iterable[str]) -> None:
         """Raises LabelMapError where pictures have no map, or two of them the same one."""
-        keys = list(keys)
+        keys = pictures.keys if isinstance(pictures, PictureList) else list(pictures)
         seen: dict[Path, str] = {}
         for key in keys:
             other = seen.setdefault(self._path(key), key)

@@ -179,8 +179,8 @@ class _Classes(_Data):
 
 class _Labelled(_Classes):
     label_maps: str | None = None
-    """Folder of dense label maps of the training pictures, made by `distillkit label`; for distillers of kind
-    token-labeling with source: maps."""
+    """Folder of dense label maps of the training pictures, made by `distillkit label`, or of published ones of ImageNet
+    (CLASS/PICTURE.pt); for distillers of kind token-labeling with source: maps."""
 
 
 class FolderData(_Labelled):

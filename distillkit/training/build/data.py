@@ -16,9 +16,10 @@ from distillkit.data.coco import CocoDetection, read_coco
 from distillkit.data.coco_rotated import CocoRotated
 from distillkit.data.dota import DOTA_CLASSES, DotaDetection
 from distillkit.data.hrsc import HRSC_CLASSES, HrscDetection
-from distillkit.data.label_store import LabelStore
+from distillkit.data.label_store import MANIFEST, LabelStore
 from distillkit.data.problems import DataError
 from distillkit.data.randaugment import RandAugment
+from distillkit.data.release_maps import ReleaseMaps
 from distillkit.data.scenes import Scenes
 from distillkit.data.tiled import TiledDota
 from distillkit.data.transforms import Augment, Resize, Transform
@@ -71,23 +72,32 @@ def _classes(recipe: schema.ClassificationRecipe, split: str, augmented: bool) -
     source: Any = getattr(data, split, split)
     if source is None:
         raise RunError(f"data.{split} is not set in the recipe {recipe.name!r}: name the {split} split, or use another")
-    maps = LabelStore(folder) if augmented and (folder := getattr(data, "label_maps", None)) else None
     how: dict[str, Any] = {"transform": _class_transform(data, augmented), "seed": recipe.seed}
     pictures: Any
     if isinstance(data, schema.FolderData):
         classes = class_folders(Path(data.root) / data.train)
-        pictures = PictureFolder(data.root, source, classes, maps=maps, **how)
+        pictures = PictureFolder(data.root, source, classes, **how)
     elif isinstance(data, schema.CifarData):
         pictures = Cifar(data.root, split, data.classes, **how)
     elif isinstance(data, schema.TarData):
-        pictures = TarPictures(data.root, source, data.classes, maps=maps, **how)
+        pictures = TarPictures(data.root, source, data.classes, **how)
     elif isinstance(data, schema.DigitData):
         pictures = DigitPictures(source, _pair(data.size), split, **how)
     else:
         return plugins.build("data", data.name, split=split, **how, **data.options)
-    if maps is not None:
-        maps.check(pictures.pictures)
+    if augmented and (folder := getattr(data, "label_maps", None)):
+        pictures.maps = _label_maps(recipe, Path(folder), len(pictures.classes))
+        pictures.maps.check(pictures.pictures)
     return pictures
+
+
+def _label_maps(recipe: schema.ClassificationRecipe, folder: Path, classes: int) -> LabelStore | ReleaseMaps:
+    """Maps that `distillkit label` made; or published ones, a file a picture, which a distiller with convention:
+    release is to read as the release does."""
+    if (folder / MANIFEST).exists() or next(folder.glob("*/*.pt"), None) is None:
+        return LabelStore(folder)
+    as_released = any(getattr(d, "convention", None) == "release" for d in recipe.distillers)
+    return ReleaseMaps(folder, classes, "full" if as_released else "center_square")
 
 
 def _class_transform(data: schema.AnyClassData, augmented: bool) -> Middle | Random:
