@@ -198,6 +198,13 @@ def _wrong_together(raw: dict[str, Any]) -> Iterator[Wrong]:
 def _wrong_classifying(raw: dict[str, Any]) -> Iterator[Wrong]:
     augment = _at(raw, "data", "augment") or {}
     mixed = [key for key in ("mixup", "cutmix") if augment.get(key)]
+    conventions = {
+        distiller.get("convention", "default")
+        for _, distiller in _mappings(raw.get("distillers"))
+        if distiller.get("kind") == "token-labeling" and distiller.get("source") == "maps"
+    }
+    if len(conventions) > 1:
+        yield ("data", "label_maps"), "are read in one way in a run: give all token-labeling the same convention"
     for i, distiller in _mappings(raw.get("distillers")):
         kind = distiller.get("kind")
         if kind == "feature-imitation" and distiller.get("region", "whole") != "whole":

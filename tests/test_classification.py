@@ -2,11 +2,13 @@
 
 import io
 import json
+import shutil
 import tarfile
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
@@ -177,6 +179,21 @@ def test_views_are_functions_of_their_generator():
     torch.rand(3)
     assert torch.equal(drawn(1), drawn(1))
     assert not torch.equal(drawn(1), drawn(2))
+
+
+def test_the_crop_may_come_last():
+    """A flip before the crop mirrors the window in the picture; after it, the view."""
+    picture = ramp(60, 60)
+    for flip in (0.0, 1.0):
+        views = [
+            Random((30, 30), scale=(0.25, 0.25), ratio=(1.0, 1.0), flip=flip, crop_last=last)(
+                picture, None, torch.Generator().manual_seed(3)
+            ).image
+            for last in (False, True)
+        ]
+        assert torch.equal(*views) == (flip == 0.0)
+        step = views[1][0, 15, 20] - views[1][0, 15, 10]
+        assert (step < 0) == (flip == 1.0)
 
 
 def test_erasing_leaves_the_rest_as_it_was():
@@ -362,6 +379,111 @@ def test_a_run_on_stored_label_maps(tmp_path):
         build.build_data(recipe, "train", augmented=True)
 
 
+def test_label_maps_of_other_classes_or_by_another_annotator_are_refused(tmp_path):
+    root = folder_of_colours(tmp_path / "set", 4)
+    torch.manual_seed(0)
+    for classes in (2, 3):
+        weights = tmp_path / f"{classes}.pt"
+        torch.save(timm.create_model("resnet10t", num_classes=classes).state_dict(), weights)
+        label(
+            "resnet10t", root / "train", tmp_path / f"maps{classes}", k=2, size=64, pretrained=str(weights), workers=0
+        )
+    text = changed(distillers=[{"kind": "token-labeling", "source": "maps", "mix_token": False}], compare=["distilled"])
+
+    def data(classes, *changes):
+        recipe = recipe_of(tmp_path, f"data.label_maps={tmp_path / f'maps{classes}'}", *changes, text=text)
+        return build.build_data(recipe, "train", augmented=True), recipe
+
+    with pytest.raises(RunError, match=r"its label maps are of 2 classes \(resnet10t\), the data have 3: let a"):
+        data(2)
+    data(3, "data.annotator=resnet10t")
+    with pytest.raises(LabelMapError, match=r"maps of resnet10t .* expected those of resnet18"):
+        data(3, "data.annotator=resnet18")
+
+    _, recipe = data(3)
+    run(recipe, console=Console(quiet=True))
+    assert any(f.where == "data.label_maps" and "12 maps of 2 x 2 cells by resnet10t" in f.what for f in check(recipe))
+    shard = next((tmp_path / "maps3").glob("*.bin"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert any(f.level == "error" and "the checksum is not that of" in f.what for f in check(recipe))
+    (tmp_path / "maps3").rename(tmp_path / "first")
+    shutil.rmtree(tmp_path / "first")
+    again = str(tmp_path / "3.pt")
+    label("resnet10t", root / "train", tmp_path / "maps3", k=3, size=64, pretrained=again, workers=0)
+    with pytest.raises(RunError, match="was begun with other label maps than those that"):
+        run(recipe, console=Console(quiet=True))
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path):
+    folder_of_colours(tmp_path / "set", 4)
+    weights = tmp_path / "five.pt"
+    torch.save(timm.create_model("resnet10t", num_classes=5).state_dict(), weights)
+    text = yaml.safe_dump(yaml.safe_load(RECIPE) | {"distillers": [{"kind": "logit-kd"}], "compare": ["distilled"]})
+    recipe = recipe_of(tmp_path, f"teacher={{kind: timm, model: resnet10t, pretrained: {weights}}}", text=text)
+    words = "teacher: the pretrained weights of resnet10t are of 5 classes, the data have 3: it would teach with a"
+    assert any(words in f.what for f in check(recipe))
+    with pytest.raises(RunError, match=words):
+        run(recipe, console=Console(quiet=True))
+    torch.save(timm.create_model("resnet10t", num_classes=3).state_dict(), weights)
+    run(recipe, console=Console(quiet=True))
+
+
+def test_the_labels_teach_one_head_of_deit_and_the_teacher_the_other(tmp_path):
+    folder_of_colours(tmp_path / "set", 4)
+    student = {
+        "kind": "timm",
+        "model": "deit_tiny_distilled_patch16_224",
+        "options": {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2},
+    }
+    text = changed(
+        distillers=[{"kind": "hard-token", "student_at": "head_dist"}], student=student, compare=["distilled"]
+    )
+    recipe = recipe_of(tmp_path, text=text + "teacher: {kind: timm, model: resnet10t, train: {epochs: 1}}\n")
+    model = build.build_model(recipe.student, 3, recipe.evaluate)
+    teachers = {"teacher": build.build_model(recipe.teacher, 3, recipe.evaluate)}
+    distillers = build.build_distillers(recipe, "all", 3, recipe.train)
+    wrapped = build.build_wrapped(recipe, model, teachers, distillers).train()
+    losses = wrapped(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))
+    losses["task"].backward(retain_graph=True)
+    assert model.head_dist.weight.grad is None or not model.head_dist.weight.grad.any()
+    losses["hard_token"].backward()
+    assert model.head_dist.weight.grad.any()
+
+
+def test_released_label_maps_are_read_in_the_released_order(tmp_path):
+    root = folder_of_colours(tmp_path / "set", 4)
+    weights = tmp_path / "w.pt"
+    torch.save(timm.create_model("resnet10t", num_classes=3).state_dict(), weights)
+    label("resnet10t", root / "train", tmp_path / "maps", k=2, size=96, pretrained=str(weights), workers=0)
+    distiller = {"kind": "token-labeling", "source": "maps", "mix_token": False, "convention": "release"}
+    text = changed(distillers=[distiller], compare=["distilled"])
+    how = [f"data.label_maps={tmp_path / 'maps'}", "data.augment.rand_augment=rand-m9-n3-mstd0.5-inc1"]
+    recipe = recipe_of(tmp_path, *how, text=text)
+    view = build.build_data(recipe, "train", augmented=True).transform
+    assert (view.crop_last, view.rand_augment.convention, view.rand_augment.layers) == (True, "release", 3)
+    assert view.rand_augment.fill == [124, 116, 104]
+    run(recipe, console=Console(quiet=True))
+    mixed = changed(distillers=[distiller, distiller | {"convention": "default", "name": "b"}], compare=["distilled"])
+    with pytest.raises(RecipeError, match="give all token-labeling the same convention"):
+        recipe_of(tmp_path, *how, text=mixed)
+
+
+def test_token_labels_are_smoothed_as_the_recipe_says(tmp_path):
+    folder_of_colours(tmp_path / "set", 4)
+    recipe = recipe_of(tmp_path, "smoothing=0.2", "distillers.7.smoothing=0.05")
+    built = {d.name: d for d in build.build_distillers(recipe, "all", 3, recipe.train)}
+    assert (built["token_labeling"].smoothing, built["mixed"].smoothing) == (0.2, 0.05)
+
+
+def test_check_lists_every_problem_of_the_data(tmp_path):
+    root = folder_of_colours(tmp_path / "set", 4)
+    for i in range(25):
+        (root / "train" / f"empty{i}").mkdir()
+    whats = [f.what for f in check(recipe_of(tmp_path)) if f.where == "data.train"]
+    assert sum("holds no picture" in what for what in whats) == 25
+
+
 @pytest.mark.parametrize(("convention", "region"), [("default", "center_square"), ("release", "full")])
 def test_published_label_maps_are_read_by_a_recipe(tmp_path, convention, region):
     root = folder_of_colours(tmp_path / "set", 4)
@@ -374,7 +496,7 @@ def test_published_label_maps_are_read_by_a_recipe(tmp_path, convention, region)
     text = changed(distillers=[distiller], compare=["distilled"])
     recipe = recipe_of(tmp_path, f"data.label_maps={tmp_path / 'maps'}", "data.augment.rand_augment=null", text=text)
     data = build.build_data(recipe, "train", augmented=True)
-    assert data.maps.region == region
+    assert (data.region or data.maps.region) == region
     assert data[0, 0][1]["label_map"].indices[:, 0, 0].tolist() == [1, 0]
     run(recipe, console=Console(quiet=True))
     path.unlink()

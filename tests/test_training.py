@@ -135,6 +135,7 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
 
 def _schedule(**changes):
     plain = {"kind": "constant", "milestones": [], "gamma": 0.1, "warmup": 0, "warmup_factor": 0.001, "min_factor": 0.0}
+    plain["cooldown"] = 0
     return SimpleNamespace(**plain | changes)
 
 
@@ -158,6 +159,11 @@ def test_learning_rates():
     falling = [learning_rate_factor(s, 110, 1, cosine) for s in range(10, 110)]
     assert falling == sorted(falling, reverse=True)
     assert falling[-1] > 0.1
+    cosine = _schedule(kind="cosine", warmup=0, min_factor=0.1, cooldown=2)
+    assert learning_rate_factor(40, 100, 10, cosine) == pytest.approx(0.55)
+    assert {learning_rate_factor(s, 100, 10, cosine) for s in range(80, 100)} == {0.1}
+    with pytest.raises(RunError, match="cooldown is 9 of 10 epochs, for which the warm-up leaves no room"):
+        learning_rate_factor(0, 100, 10, _schedule(kind="cosine", warmup=10, cooldown=9))
 
     assert {learning_rate_factor(s, 9, 3, _schedule()) for s in range(9)} == {1.0}
     with pytest.raises(RunError, match="warmup is 500 steps, but the whole run has 300"):

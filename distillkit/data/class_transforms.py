@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -64,6 +64,8 @@ class Random:
         size: (height, width) of the view.
         scale: (least, most) part of the picture's area that the crop shows; None: all of it, stretched.
         ratio: (narrowest, widest) width over height of the crop.
+        interpolation: of the crop; "random": bicubic or bilinear.
+        crop_last: the crop comes after all other changes of geometry and colour, which see the whole picture.
         flip, flip_vertical: probabilities.
         color: strength of brightness, contrast and saturation, each multiplied by a factor in [1 - color, 1 + color];
             left out where there is ``rand_augment``, as in timm.
@@ -74,6 +76,8 @@ class Random:
     size: Size
     scale: tuple[float, float] | None = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    crop_last: bool = False
     flip: float = 0.5
     flip_vertical: float = 0.0
     color: float = 0.0
@@ -81,16 +85,9 @@ class Random:
     erase: float = 0.0
 
     def __call__(self, image: tv_tensors.Image, label_map: LabelMap | None, generator: torch.Generator) -> View:
-        height, width = image.shape[-2:]
-        top, left, high, wide = (0, 0, height, width)
-        if self.scale is not None:
-            top, left, high, wide = window((height, width), self.scale, self.ratio, generator)
-
-        def crop(part: Any) -> Any:
-            size = list(self.size)
-            return F.resized_crop(part, top, left, high, wide, size, InterpolationMode.BICUBIC, antialias=True)
-
-        image, label_map = _both(crop, image, label_map)
+        crop = self._crop(tuple(image.shape[-2:]), generator)
+        if not self.crop_last:
+            image, label_map = _both(crop, image, label_map)
         for probability, mirror in ((self.flip, F.horizontal_flip), (self.flip_vertical, F.vertical_flip)):
             if draw(generator) < probability:
                 image, label_map = _both(mirror, image, label_map)
@@ -99,8 +96,25 @@ class Random:
         elif self.color:
             for adjust in (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation):
                 image = adjust(image, draw(generator, 1 - self.color, 1 + self.color))
+        if self.crop_last:
+            image, label_map = _both(crop, image, label_map)
         view = _finished(image, label_map)
         return View(erased(view.image, generator), view.label_map) if draw(generator) < self.erase else view
+
+    def _crop(self, size: Size, generator: torch.Generator) -> Callable[[Any], Any]:
+        """A window drawn in a picture of ``size``, and resized."""
+        height, width = size
+        top, left, high, wide = (0, 0, height, width)
+        if self.scale is not None:
+            top, left, high, wide = window((height, width), self.scale, self.ratio, generator)
+        name = self.interpolation
+        if name == "random":
+            name = "bicubic" if draw(generator) < 0.5 else "bilinear"
+
+        def crop(part: Any) -> Any:
+            return F.resized_crop(part, top, left, high, wide, list(self.size), InterpolationMode(name), antialias=True)
+
+        return crop
 
 
 def _both(change: Callable[[Any], Any], image: Any, label_map: LabelMap | None) -> tuple[Any, LabelMap | None]:

@@ -66,6 +66,7 @@ class ClassPictures(Dataset[tuple[Tensor, dict[str, Any]]], ABC):
         self.transform: Transform = transform or Middle((224, 224), 1.0)
         self.seed = seed
         self.maps = maps
+        self.region: Any = None  # of the maps, where it is not the one that they give
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -77,7 +78,7 @@ class ClassPictures(Dataset[tuple[Tensor, dict[str, Any]]], ABC):
         label_map = None
         if self.maps is not None:
             scores, indices = self.maps[self.keys[index]]
-            label_map = LabelMap.from_stored(scores, indices, pixels.shape[:2], self.maps.region)
+            label_map = LabelMap.from_stored(scores, indices, pixels.shape[:2], self.region or self.maps.region)
         view = self.transform(image, label_map, generator_for(self.seed, epoch, index))
         target: dict[str, Any] = {"label": label, "key": self.keys[index]}
         return view.image, target if view.label_map is None else target | {"label_map": view.label_map}

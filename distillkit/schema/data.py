@@ -143,6 +143,17 @@ class RandAugment(Strict):
     """Changes drawn for a picture; each is made with probability 1/2."""
 
 
+def _timm_notation(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    from distillkit.data.randaugment import RandAugment as Changes
+
+    found = Changes.from_config(value)
+    if found.probability != 0.5:
+        raise ValueError(f"{value!r}: a change is made with probability 0.5; leave out p{found.probability:g}")
+    return {"magnitude": found.magnitude, "deviation": found.std, "layers": found.layers}
+
+
 class ClassAugment(Strict):
     """Random changes of training pictures; all but mixup and cutmix are drawn from (seed, epoch, index) alone."""
 
@@ -150,13 +161,19 @@ class ClassAugment(Strict):
     """[smallest, largest] part of the picture's area that a random crop shows; null: no crop."""
     ratio: Annotated[list[Positive], Field(min_length=2, max_length=2), AfterValidator(_ordered)] = [0.75, 1.3333]
     """[narrowest, widest] width over height of the crop."""
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    """Of the crop; random: one of the two."""
+    crop_last: bool = False
+    """Flips and RandAugment are done on the whole picture, and the crop after them: as TokenLabeling was published, and
+    slower."""
     flip: Share = 0.5
     """Probability of a left-right flip."""
     flip_vertical: Share = 0.0
     """Probability of an upside-down flip."""
     color: Share = 0.0
     """Strength of brightness, contrast and saturation; left out where there is rand_augment."""
-    rand_augment: RandAugment | None = None
+    rand_augment: Annotated[RandAugment | None, BeforeValidator(_timm_notation)] = None
+    """A mapping, or timm's notation, as in rand-m9-mstd0.5-inc1."""
     erase: Share = 0.0
     """Probability that a rectangle of the picture is replaced by noise (random erasing, pixel mode)."""
     mixup: NotNegative = 0.0
@@ -170,7 +187,8 @@ class _Classes(_Data):
     """Network input in pixels: [height, width], or one number for both."""
     batch: Count = 64
     """Pictures a process and step. What is left over at the end of an epoch, less than a batch, is not trained on in
-    it: a batch of one picture has no statistics; the next epoch leaves out other pictures."""
+    it: a batch of one picture has no statistics; the next epoch leaves out other pictures. (A set of fewer pictures
+    than that is a batch.)"""
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.9
     """For evaluation the picture is resized so that the size is this share of its shorter side, and its middle cut out;
     1.0 with square pictures: all of it."""
@@ -181,6 +199,9 @@ class _Labelled(_Classes):
     label_maps: str | None = None
     """Folder of dense label maps of the training pictures, made by `distillkit label`, or of published ones of ImageNet
     (CLASS/PICTURE.pt); for distillers of kind token-labeling with source: maps."""
+    annotator: str | None = None
+    """Name of the model that the label maps must come from, or the sha256 of its weights that their manifest gives;
+    null: any."""
 
 
 class FolderData(_Labelled):

@@ -228,7 +228,10 @@ class TokenLabeling(_FromTeacher):
     """Module of the student behind which they are mixed: in a ResNet, for example, maxpool."""
     ground_truth: bool = False
     """The class label is blended with the annotator's."""
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    smoothing: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of all labels; null: the recipe's."""
+    fill: Literal["auto", "zero", "min"] | None = None
+    """Logit of the classes that a label map does not hold; null: auto, and zero with convention: release."""
     weight: Weight = WeightSchedule(value=1.0)
     convention: Literal["default", "release"] = "default"
 

@@ -52,10 +52,13 @@ class StepSchedule(_Schedule):
 
 
 class CosineSchedule(_Schedule):
-    """The learning rate falls along half a cosine."""
+    """The learning rate falls along half a cosine, from the end of the warm-up on."""
 
     kind: Literal["cosine"]
     min_factor: Share = 0.0
+    """What is left of it at the end."""
+    cooldown: Annotated[int, Field(ge=0)] = 0
+    """Epochs at the end, out of `epochs`, that stay there."""
 
 
 class ConstantSchedule(_Schedule):

@@ -20,6 +20,8 @@ from distillkit.data.coco_rotated import read_coco_rotated
 from distillkit.data.detection import Split
 from distillkit.data.dota import read_dota
 from distillkit.data.hrsc import read_hrsc
+from distillkit.data.label_store import LabelMapError, LabelStore
+from distillkit.data.problems import DataError
 from distillkit.data.sampler import collate
 from distillkit.data.voc import read_voc
 from distillkit.evaluation.classes import classify_dataset
@@ -35,6 +37,7 @@ from distillkit.training.possible import (
     check_judged,
     check_optimizer,
     check_taught,
+    check_teacher,
     planned,
     teacher_place,
 )
@@ -134,11 +137,28 @@ def _data(recipe: Recipe, split: Any, built: dict[str, build.DetectionData]) -> 
         if not len(dataset):
             raise RunError("no picture has an object that is to be learned, and skip_empty leaves out all others")
         dataset[0, 0]
+    except DataError as error:
+        yield from (Finding("error", where, str(problem)) for problem in error.problems)
+        return
     except Exception as error:
         yield _failed(where, error)
         return
     built[split] = dataset
     yield Finding("ok", where, f"{len(dataset)} pictures, {len(dataset.classes)} classes")
+    if isinstance(maps := getattr(dataset, "maps", None), LabelStore):
+        yield _checked_maps(maps)
+
+
+def _checked_maps(maps: LabelStore) -> Finding:
+    """Stored label maps, all of which are read."""
+    try:
+        maps.check(checksums=True)
+    except LabelMapError as error:
+        return _failed("data.label_maps", error)
+    by = maps.info.annotator
+    cells = " x ".join(map(str, maps.grid))
+    what = f"{len(maps)} maps of {cells} cells by {by.name} (weights {by.sha256[:12]}), no byte changed"
+    return Finding("ok", "data.label_maps", what)
 
 
 def _annotations(data: Any, split: Any) -> Split:
@@ -184,6 +204,7 @@ def _models(recipe: Recipe, data: Mapping[str, build.DetectionData]) -> Iterator
     for name, config in build.teacher_configs(recipe).items():
         where = teacher_place(name)
         try:
+            check_teacher(where, config, classes)
             teachers[name] = build.build_model(config, classes, recipe.evaluate)
             if where not in trained:
                 _score(recipe, teachers[name], data)

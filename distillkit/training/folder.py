@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -19,6 +20,7 @@ import yaml
 
 from distillkit import __version__
 from distillkit import recipe as recipes
+from distillkit.data.label_store import MANIFEST
 from distillkit.schema import Recipe
 from distillkit.training import checkpoint
 from distillkit.training.errors import RunError
@@ -79,6 +81,7 @@ def open_folder(folder: Path, recipe: Recipe, fresh: bool) -> None:
     record = folder / "recipe.yaml"
     if record.exists():
         _check_same(record, recipe)
+        _check_maps(folder, recipe)
     else:
         checkpoint.write_json(folder / "versions.json", versions(recipe))
     if not record.exists() or record.read_text(encoding="utf-8") != recipes.resolved(recipe):
@@ -121,6 +124,23 @@ def _check_rows_there(old: dict[str, Any], new: dict[str, Any], folder: Path) ->
             )
 
 
+def _check_maps(folder: Path, recipe: Recipe) -> None:
+    """Label maps are where they were; whether they are those that they were, the recipe does not say."""
+    path, now = folder / "versions.json", _label_maps(recipe)
+    began = checkpoint.read_json(path).get("label_maps") if path.exists() else now
+    if began != now:
+        raise RunError(
+            f"{folder} was begun with other label maps than those that data.label_maps holds now: put the first ones "
+            "back, start over with --fresh, or give this run another name, as in name=second"
+        )
+
+
+def _label_maps(recipe: Recipe) -> str | None:
+    """What the manifest of the recipe's label maps is known by; None: there are none, or published ones without it."""
+    manifest = Path(getattr(recipe.data, "label_maps", None) or "") / MANIFEST
+    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
+
+
 def _comparable(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What of a resolved recipe must stay as it is: by dotted path, rows by their names."""
     rows = {row["row"]: row for row in raw["compare"] if _begun(folder / recipes.slug(row["row"]))}
@@ -157,6 +177,7 @@ def versions(recipe: Recipe) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processes().device.type,
         "commit": _commit(),
         "seed": recipe.seed,
+        "label_maps": _label_maps(recipe),
         "command": _command(),
     }
 

@@ -33,7 +33,7 @@ from distillkit.data.sampler import collate, epoch_batches
 from distillkit.training import checkpoint
 from distillkit.training.errors import CheckpointError, Interrupted, RunError
 from distillkit.training.metrics import Metrics
-from distillkit.training.optim import MovingAverage, build_optimizer, learning_rate_factor, warmup_steps
+from distillkit.training.optim import MovingAverage, build_optimizer, learning_rate_factor
 from distillkit.training.processes import processes
 from distillkit.training.progress import Progress
 from distillkit.training.table import percent
@@ -133,12 +133,13 @@ def check_settings(train: Train, length: int, batch: int, drop_last: bool = Fals
     """What can be said of a training on ``length`` pictures before any model is built.
 
     Raises:
-        RunError: a precision that this machine lacks, or a warm-up that the run would not leave.
+        RunError: a precision that this machine lacks, or a schedule that does not fit into the run.
     """
     with _settings(train):
         world = _accelerator(train.amp).num_processes
     batches = epoch_batches(length, batch, world=world, drop_last=drop_last)
-    warmup_steps(_optimizer_steps(train, len(batches)), train.schedule)
+    if total := _optimizer_steps(train, len(batches)):
+        learning_rate_factor(0, total, train.epochs, train.schedule)
 
 
 def _optimizer_steps(train: Train, batches: int) -> int:

@@ -103,17 +103,24 @@ def learning_rate_factor(step: int, total: int, epochs: int, config: ScheduleCon
     """What the learning rates are multiplied by at optimizer step ``step`` (0 <= step < total), between 0 and 1.
 
     ``step``: times ``gamma`` from each milestone (an epoch) on. ``cosine``: half a cosine from 1 after the warm-up
-    down to ``min_factor``. Warm-up multiplies by a line from ``warmup_factor`` at step 0 to 1 after ``warmup_steps``.
+    down to ``min_factor``, where the last ``cooldown`` epochs stay. Warm-up multiplies by a line from ``warmup_factor``
+    at step 0 to 1 after ``warmup_steps``.
 
     Raises:
-        RunError: a warm-up that the run would not leave.
+        RunError: a warm-up that the run would not leave, or a cooldown as long as what is left of it.
     """
     warmup = warmup_steps(total, config)
     factor = 1.0
     if config.kind == "step":
         factor = config.gamma ** sum(step >= milestone * total / epochs for milestone in config.milestones)
     elif config.kind == "cosine":
-        t = max(step - warmup, 0) / (total - warmup)
+        falling = total - warmup - config.cooldown * total // epochs
+        if falling <= 0:
+            raise RunError(
+                f"train.schedule.cooldown is {config.cooldown} of {epochs} epochs, for which the warm-up leaves no "
+                "room: shorten one of the two"
+            )
+        t = min(max(step - warmup, 0) / falling, 1.0)
         factor = config.min_factor + (1 - config.min_factor) * 0.5 * (1 + math.cos(math.pi * t))
     if step < warmup:
         factor *= config.warmup_factor + (1 - config.warmup_factor) * step / warmup

@@ -13,6 +13,7 @@ from distillkit import schema
 from distillkit.data.classes import ClassPictures
 from distillkit.data.detection import Pictures
 from distillkit.data.rotated import RotatedDetection
+from distillkit.models.backbones import pretrained_classes
 from distillkit.schema import Recipe
 from distillkit.training import build
 from distillkit.training.errors import RunError
@@ -51,6 +52,20 @@ def planned(recipe: Recipe) -> Iterator[Planned]:
     for i, row in enumerate(recipe.compare):
         model, train = recipes.student_of(recipe, row.student), recipes.train_of(recipe, row.train)
         yield Planned(f"compare.{i} ({row.row})", recipes.slug(row.row), model, train, row.distillers)
+
+
+def check_teacher(where: str, config: schema.AnyTeacher, classes: int) -> None:
+    """Raises RunError for a teacher whose pretrained weights are of other classes: its classifier would be drawn at
+    random, and that is what it would teach."""
+    if not isinstance(config, schema.TimmTeacher) or config.train is not None or config.checkpoint is not None:
+        return
+    known = pretrained_classes(config.model, config.pretrained, **config.options) if config.pretrained else None
+    if known not in (None, classes):
+        raise RunError(
+            f"{where}: the pretrained weights of {config.model} are of {known} classes, the data have {classes}: it "
+            "would teach with a random classifier; let it learn these classes first, as in `train: {epochs: 5}`, or "
+            "give its checkpoint"
+        )
 
 
 def check_optimizer(step: Planned, model: nn.Module) -> None:

@@ -21,7 +21,14 @@ from distillkit.training.errors import CheckpointError, RunError
 from distillkit.training.evaluate import check_submission, judged, plain, predicted, score, submit
 from distillkit.training.folder import alone_in, changed_versions, check_owner, open_folder, versions
 from distillkit.training.loop import Job, check_settings, fit
-from distillkit.training.possible import check_judged, check_optimizer, check_taught, planned
+from distillkit.training.possible import (
+    check_judged,
+    check_optimizer,
+    check_taught,
+    check_teacher,
+    planned,
+    teacher_place,
+)
 from distillkit.training.processes import processes
 from distillkit.training.progress import reading, scoring
 from distillkit.training.report import write_report
@@ -136,6 +143,8 @@ class Jobs:
         if any(step.train.epochs for step in steps):
             check_taught("train", self.train)
         check_judged(self.recipe.evaluate.split, self.judged)
+        for name, config in build.teacher_configs(self.recipe).items():
+            check_teacher(teacher_place(name), config, self.classes)
         check_submission(self.recipe, self.judged)
         for step in steps:
             try:

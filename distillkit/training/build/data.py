@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+from timm.data import IMAGENET_DEFAULT_MEAN
 from torch import Tensor
 
 from distillkit import plugins, schema
@@ -72,7 +73,7 @@ def _classes(recipe: schema.ClassificationRecipe, split: str, augmented: bool) -
     source: Any = getattr(data, split, split)
     if source is None:
         raise RunError(f"data.{split} is not set in the recipe {recipe.name!r}: name the {split} split, or use another")
-    how: dict[str, Any] = {"transform": _class_transform(data, augmented), "seed": recipe.seed}
+    how: dict[str, Any] = {"transform": _class_transform(recipe, augmented), "seed": recipe.seed}
     pictures: Any
     if isinstance(data, schema.FolderData):
         classes = class_folders(Path(data.root) / data.train)
@@ -85,34 +86,55 @@ def _classes(recipe: schema.ClassificationRecipe, split: str, augmented: bool) -
         pictures = DigitPictures(source, _pair(data.size), split, **how)
     else:
         return plugins.build("data", data.name, split=split, **how, **data.options)
-    if augmented and (folder := getattr(data, "label_maps", None)):
-        pictures.maps = _label_maps(recipe, Path(folder), len(pictures.classes))
-        pictures.maps.check(pictures.pictures)
+    if augmented and isinstance(data, schema.FolderData | schema.TarData) and data.label_maps:
+        pictures.maps = _label_maps(Path(data.label_maps), data.annotator, pictures)
+        if _as_released(recipe):
+            pictures.region = "full"
     return pictures
 
 
-def _label_maps(recipe: schema.ClassificationRecipe, folder: Path, classes: int) -> LabelStore | ReleaseMaps:
-    """Maps that `distillkit label` made; or published ones, a file a picture, which a distiller with convention:
-    release is to read as the release does."""
-    if (folder / MANIFEST).exists() or next(folder.glob("*/*.pt"), None) is None:
-        return LabelStore(folder)
-    as_released = any(getattr(d, "convention", None) == "release" for d in recipe.distillers)
-    return ReleaseMaps(folder, classes, "full" if as_released else "center_square")
+def _label_maps(folder: Path, annotator: str | None, pictures: Any) -> LabelStore | ReleaseMaps:
+    """Maps of these pictures that `distillkit label` made, or published ones, a file a picture."""
+    classes = len(pictures.classes)
+    if not (folder / MANIFEST).exists() and next(folder.glob("*/*.pt"), None) is not None:
+        if annotator is not None:
+            raise RunError(f"{folder}: published label maps do not say who made them; leave out data.annotator")
+        published = ReleaseMaps(folder, classes)
+        published.check(pictures.pictures)
+        return published
+    maps = LabelStore(folder)
+    if maps.classes != classes:
+        raise RunError(
+            f"{folder}: its label maps are of {maps.classes} classes ({maps.info.annotator.name}), the data have "
+            f"{classes}: let a model that was trained for these classes label the pictures"
+        )
+    maps.check(pictures.pictures, annotator)
+    return maps
 
 
-def _class_transform(data: schema.AnyClassData, augmented: bool) -> Middle | Random:
+def _as_released(recipe: schema.ClassificationRecipe) -> bool:
+    """Whether label maps are to be read as the published training does: as if they covered the whole picture, moved by
+    RandAugment to the nearest cell, which is done before the crop."""
+    return any(isinstance(d, schema.TokenLabeling) and d.convention == "release" for d in recipe.distillers)
+
+
+def _class_transform(recipe: schema.ClassificationRecipe, augmented: bool) -> Middle | Random:
+    data = recipe.data
     if not augmented:
         return Middle(_pair(data.size), data.crop_pct)
-    a = data.augment
-    r = a.rand_augment
+    a, r = data.augment, data.augment.rand_augment
+    convention: Literal["default", "release"] = "release" if _as_released(recipe) else "default"
+    fill = [round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN]  # as in timm
     return Random(
         _pair(data.size),
         scale=_pair(a.scale) if a.scale else None,
         ratio=_pair(a.ratio),
+        interpolation=a.interpolation,
+        crop_last=a.crop_last or convention == "release",
         flip=a.flip,
         flip_vertical=a.flip_vertical,
         color=a.color,
-        rand_augment=RandAugment(r.magnitude, r.deviation, r.layers) if r else None,
+        rand_augment=RandAugment(r.magnitude, r.deviation, r.layers, fill=fill, convention=convention) if r else None,
         erase=a.erase,
     )
 

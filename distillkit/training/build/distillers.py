@@ -86,7 +86,10 @@ def _distiller(config: schema.AnyDistiller, recipe: Recipe, classes: int, calls:
             name=config.name,
         )
     if type(config) in BY_KEYS:
-        return BY_KEYS[type(config)](**config.model_dump(exclude={"kind", "weight"}), weight=weight)
+        keys = config.model_dump(exclude={"kind", "weight"})
+        if isinstance(recipe, schema.ClassificationRecipe) and keys.get("smoothing", 0) is None:
+            keys["smoothing"] = recipe.smoothing
+        return BY_KEYS[type(config)](**keys, weight=weight)
     if isinstance(config, schema.LogitKD):
         return LogitKD(
             region=_region(config),
@@ -140,6 +143,8 @@ def build_wrapped(
     }
     if not isinstance(recipe, schema.ClassificationRecipe):
         return wrap(student, chosen, distillers)
+    if any(isinstance(d, HardToken) and d.student_at == "head_dist" for d in distillers):
+        student.set_distilled_training(True)  # type: ignore[operator]  # else the labels would teach both heads
     own = any(distiller.is_task for distiller in distillers)
     criterion = None if own else CrossEntropy(recipe.smoothing)
     return wrap(student, chosen, distillers, criterion, adapter=Classifier(*moments(student)))
