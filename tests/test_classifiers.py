@@ -360,6 +360,14 @@ def test_features_in_between(family):
     torch.testing.assert_close(model.forward_head(features, pre_logits=True), features[:, 0])
     with pytest.raises(ValueError, match="'NCHW' or 'NLC'"):
         model.forward_intermediates(images(), output_fmt="NHWC")
+    named = model.forward_intermediates(images(), [1], return_prefix_tokens=True, output_dict=True)
+    assert list(named) == ["image_intermediates", "image_intermediates_prefix", "image_features"]
+    torch.testing.assert_close(named["image_features"], features)
+    torch.testing.assert_close(named["image_intermediates"][0], maps[1])
+    torch.testing.assert_close(named["image_intermediates_prefix"][0], whole[1][:, :1])
+    assert list(model.forward_intermediates(images(), output_dict=True, intermediates_only=True)) == [
+        "image_intermediates"
+    ]
 
 
 @pytest.mark.parametrize("name", ["lvvit_t", "deepvit_16b", "refiner_vit_s"])
@@ -388,10 +396,24 @@ def test_heads_can_be_exchanged_and_left_out(family):
     torch.testing.assert_close(model(images()), features[:, 0])
     model.reset_classifier(0, "")
     torch.testing.assert_close(model(images()), features)
-    with pytest.raises(ValueError, match="global_pool must be 'token'"):
+    with pytest.raises(ValueError, match=r"global_pool='' keeps all tokens.* or reset_classifier\(9, \"token\"\)"):
         model.reset_classifier(9)
-    with pytest.raises(ValueError, match="got 'avg' with 5"):
-        tiny(family, global_pool="avg")
+    model.reset_classifier(9, "token")
+    assert model(images()).shape == (2, 9)
+    with pytest.raises(ValueError, match="global_pool must be 'token', 'avg' or '', got 'max'"):
+        tiny(family, global_pool="max")
+
+
+@families
+def test_patch_tokens_can_be_averaged_where_no_dense_head_reads_them(family):
+    options = {} if family in ("deepvit", "plain") else {"dense_head": False}
+    model = tiny(family, global_pool="avg", **options).eval()
+    features = model.forward_features(images())
+    torch.testing.assert_close(model(images()), model.head(features[:, 1:].mean(1)))
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), features[:, 1:].mean(1))
+    if options:
+        with pytest.raises(ValueError, match=r"'avg' cannot stand beside a dense head.*dense_head=False"):
+            tiny(family, global_pool="avg")
 
 
 @families
@@ -406,6 +428,18 @@ def test_recomputed_activations_change_neither_gradients_nor_statistics(family):
     for ours, theirs in ((gradients[1], gradients[0]), (statistics[1], statistics[0])):
         for name, value in theirs.items():
             torch.testing.assert_close(ours[name], value, msg=name)
+
+
+@families
+def test_a_graph_with_recomputed_activations_can_be_walked_twice(family):
+    model = tiny(family).train()
+    model.set_grad_checkpointing()
+    loss = model(images()).square().sum()
+    once = {n: b.clone() for n, b in model.named_buffers()}
+    first = torch.autograd.grad(loss, model.pos_embed, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, model.pos_embed), first)
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(buffer, once[name], msg=name)
 
 
 @families
@@ -504,6 +538,17 @@ def test_other_image_sizes(family):
     built = tiny(family, img_size=48).eval()
     built.load_state_dict(checkpoint_filter_fn(model.state_dict(), built))
     torch.testing.assert_close(dynamic(images(48)), built(images(48)))
+    moved = tiny(family).eval()
+    moved.pos_embed.requires_grad_(False)
+    before = moved.pos_embed
+    moved.set_input_size(32)
+    assert moved.pos_embed is before
+    moved.set_input_size(img_size=48)
+    torch.testing.assert_close(moved(images(48)), built(images(48)))
+    assert isinstance(moved.pos_embed, nn.Parameter)
+    assert not moved.pos_embed.requires_grad
+    with pytest.raises(ValueError, match=r"img_size=\(50, 50\) is not a multiple"):
+        moved.set_input_size(50)
     oblong = tiny(family, img_size=(32, 48)).eval()
     oblong.load_state_dict(checkpoint_filter_fn(model.state_dict(), oblong))
     _, maps = oblong.forward_intermediates(images(48)[:, :, :32])
@@ -517,7 +562,12 @@ def test_other_image_sizes(family):
         (lambda: TINY["lvvit"](num_heads=5), "embed_dim=16 cannot be split into num_heads=5"),
         (lambda: TINY["deepvit"](num_heads=5), "embed_dim=16 cannot be split into num_heads=5"),
         (lambda: TINY["refiner"](num_heads=5), "embed_dim=16 cannot be split into num_heads=5"),
-        (lambda: TINY["deepvit"](re_attention=[True]), "re_attention has 1 flags for depth=3 blocks"),
+        (lambda: TINY["deepvit"](re_attention=[True]), "has 1 flags for depth=3 blocks: give re_attention= too"),
+        (lambda: TINY["deepvit"](re_attention=0), "re_attention must be True, False or a list .*, got 0"),
+        (lambda: TINY["lvvit"](img_size=35, patch_size=7), "patch_size=7 must be even"),
+        (lambda: TINY["plain"](patch_size=1), "patch_size=1 must be even"),
+        (lambda: TINY["refiner"](kernel=2), "kernel=2 must be odd"),
+        (lambda: TINY["refiner"](expansion=0.1), "expansion=0.1 leaves no maps of num_heads=4"),
         (lambda: TINY["refiner"](convention="linear"), "convention must be 'release' or 'paper', got 'linear'"),
         (lambda: RefinedAttention(16, 4, form="share")(torch.zeros(1, 5, 16)), "needs those of a block before it"),
     ],
@@ -525,6 +575,32 @@ def test_other_image_sizes(family):
 def test_impossible_options_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_plain_attention_is_the_same_with_its_maps_and_without():
+    model = tiny("plain").double().eval()
+    fused = model(images().double())
+    with recorded_attention(model) as maps:
+        torch.testing.assert_close(model(images().double()), fused)
+    assert len(maps) == 3
+    seen = []
+    handle = model.blocks[0].attn.attn_map.register_full_backward_hook(lambda m, inputs, outputs: seen.append(m))
+    model(images().double()).sum().backward()
+    handle.remove()
+    assert seen == [model.blocks[0].attn.attn_map]
+    ran = []
+    model.blocks[0].attn.attn_drop.register_forward_hook(lambda m, inputs, output: ran.append(m))
+    model(images().double())
+    assert not ran  # no map is made
+
+
+@pytest.mark.parametrize("convention", ["release", "paper"])
+def test_expansion_and_kernel_of_the_refinement_can_be_chosen(convention):
+    model = tiny("refiner", convention=convention, expansion=2, kernel=5).eval()
+    refinements = [b.attn.DLA for b in model.blocks if b.attn.form != "plain"]
+    assert len(refinements) == (2 if convention == "release" else 4)
+    assert {tuple(r.depth_sep_conv.weight.shape) for r in refinements} == {(8, 1, 5, 5)}
+    assert model(images()).shape == (2, 5)
 
 
 # ---- checkpoints
@@ -555,7 +631,7 @@ def test_a_published_checkpoint_loads_at_another_image_size(tmp_path, name, wrap
 
 
 def test_the_averaged_weights_come_first_and_no_tensor_is_left_out():
-    model = timm.create_model("lvvit_t", num_classes=6, **PRESET)
+    model = timm.create_model("lvvit_t", num_classes=6, pretrained_cfg_overlay={"num_classes": 6}, **PRESET)
     weights, averaged = published("lvvit_t"), {**published("lvvit_t"), "surplus": torch.ones(1)}
     averaged["head.bias"] = torch.full((6,), 2.0)
     found = checkpoint_filter_fn({"state_dict": weights, "state_dict_ema": averaged}, model)
@@ -568,8 +644,12 @@ def test_the_averaged_weights_come_first_and_no_tensor_is_left_out():
 def test_another_number_of_classes_is_named_or_gets_new_heads(tmp_path):
     torch.save(published("lvvit_t"), tmp_path / "six.pth")
     file = {"file": str(tmp_path / "six.pth")}
-    with pytest.raises(ValueError, match=r"has 6 classes and the model 7: build it with num_classes=6, or .*=6\)"):
-        timm.create_model("lvvit_t", pretrained=True, pretrained_cfg_overlay=file, num_classes=7, **PRESET)
+    options = {"pretrained": True, "pretrained_cfg_overlay": file, **PRESET}
+    with pytest.raises(ValueError, match=r"6 classes as the model has, but timm would leave its heads out.*=6\)"):
+        timm.create_model("lvvit_t", num_classes=6, **options)
+    with pytest.raises(ValueError, match=r"has 6 classes and the model 1000: say so in .*=6\)"):
+        timm.create_model("lvvit_t", **options)
+    assert timm.create_model("lvvit_t", num_classes=7, **options).head.out_features == 7  # others are left out anyway
     known = {**file, "num_classes": 6}  # timm exchanges the heads
     model = timm.create_model("lvvit_t", pretrained=True, pretrained_cfg_overlay=known, num_classes=7, **PRESET)
     assert torch.equal(model.cls_token, published("lvvit_t")["cls_token"])
@@ -578,8 +658,26 @@ def test_another_number_of_classes_is_named_or_gets_new_heads(tmp_path):
     assert torch.equal(features.cls_token, published("lvvit_t")["cls_token"])
 
 
+@pytest.mark.parametrize("name", ["lvvit_t", "refiner_vit_s"])
+def test_a_model_without_dense_head_leaves_that_of_a_checkpoint_out(tmp_path, name):
+    torch.save(published(name), tmp_path / "six.pth")
+    overlay = {"file": str(tmp_path / "six.pth"), "num_classes": 6}
+    options = {"pretrained_cfg_overlay": overlay, "num_classes": 6, "dense_head": False, **PRESET}
+    model = timm.create_model(name, pretrained=True, **options)
+    assert torch.equal(model.head.weight, published(name)["head.weight"])
+    assert model.aux_head is None
+
+
+def test_a_square_position_embedding_is_resized_for_an_oblong_model_of_as_many_tokens():
+    square, oblong = tiny("lvvit", img_size=64), tiny("lvvit", img_size=(32, 128))
+    found = checkpoint_filter_fn(square.state_dict(), oblong)["pos_embed"]
+    torch.testing.assert_close(found, resize_pos_embed(square.pos_embed, (8, 8), (4, 16)))
+    same = tiny("lvvit", img_size=(32, 48))  # 24 patches, in no square
+    assert torch.equal(checkpoint_filter_fn(same.state_dict(), same)["pos_embed"], same.pos_embed)
+
+
 def test_a_position_embedding_of_no_square_grid_is_named():
-    model = timm.create_model("lvvit_t", num_classes=6, **PRESET)
+    model = timm.create_model("lvvit_t", num_classes=6, pretrained_cfg_overlay={"num_classes": 6}, **PRESET)
     weights = published("lvvit_t", img_size=(32, 48))
     with pytest.raises(ValueError, match=r"\(1, 7, 16\) has positions for 6 patches.*model for 2 x 2: .*img_size"):
         checkpoint_filter_fn(weights, model)
@@ -633,6 +731,45 @@ def test_a_model_that_shows_no_maps_is_named():
         attention_maps(tiny("lvvit"), images())
 
 
+def test_recomputed_maps_are_not_recorded_again():
+    model = tiny("deepvit").train()
+    model.set_grad_checkpointing()
+    with recorded_attention(model) as maps:
+        model(images()).sum().backward()
+    assert len(maps) == 3
+
+
+def test_a_compiled_model_is_named():
+    torch.compiler.reset()
+    model = tiny("deepvit").eval()
+    compiled = torch.compile(model, backend="eager")
+    compiled(images())
+    with pytest.raises(ValueError, match=r"is compiled.* measure the uncompiled model \(model\._orig_mod"):
+        attention_maps(compiled, images())
+    assert len(attention_maps(compiled._orig_mod, images())) == 3
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match="DeepViT is compiled"):
+        attention_maps(model, images())
+
+
+def test_maps_of_timms_transformers_run_through_another_module():
+    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 3, "num_heads": 3}
+    before = timm.layers.use_fused_attn()
+    timm.layers.set_fused_attn(False)
+    try:
+        model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    finally:
+        timm.layers.set_fused_attn(before)
+    maps = attention_maps(model, images(), point="attn_drop")
+    assert [tuple(m.shape) for m in maps] == [(2, 3, 5, 5)] * 3
+    torch.testing.assert_close(maps[0].sum(-1), torch.ones(2, 3, 5))
+    fused = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    for block in fused.blocks:
+        block.attn.fused_attn = True
+    with pytest.raises(ValueError, match=r"ran no module named 'attn_drop'.*set_fused_attn\(False\)"):
+        attention_maps(fused, images(), point="attn_drop")
+
+
 def test_the_cosine_regulariser_agrees_with_the_published_loss():
     golden = np.load(GOLDEN / "models_deepvit.npz")
     maps = [torch.from_numpy(golden[f"cosreg/map{i}"]) for i in range(4)]
@@ -678,5 +815,8 @@ def test_the_plot_has_a_line_for_each_model(tmp_path):
     for line, similarity in zip(axis.lines, lines.values()):
         assert line.get_xdata().tolist() == [2, 3]
         assert line.get_ydata().tolist() == similarity.mean.tolist()
+    shares = plot_similarity(lines, value="similar").axes[0]
+    assert shares.lines[0].get_ydata().tolist() == lines["deepvit"].similar.tolist()
+    assert shares.get_ylabel() == "share of similar tokens"
     figure.savefig(tmp_path / "similarity.png")
     assert (tmp_path / "similarity.png").stat().st_size > 1000

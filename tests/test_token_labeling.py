@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from timm.models.volo import VOLO
 from torch import nn
 
 import distillkit
@@ -38,9 +37,7 @@ def vit(classes=5, **options):
 
 def volo(classes):
     torch.manual_seed(0)
-    model = VOLO((1, 1, 1, 1), 64, num_classes=classes, embed_dims=(48, 96, 96, 96), num_heads=(2, 4, 4, 4))
-    model.pretrained_cfg = {"input_size": (3, 64, 64)}  # as timm.create_model says it
-    return model
+    return timm.create_model("volo_d1_224", img_size=64, num_classes=classes)
 
 
 def batch(count=4, classes=5, seed=0):
@@ -95,6 +92,25 @@ def test_an_aux_head_is_used_where_there_is_one():
 def test_what_is_no_such_classifier_is_named():
     with pytest.raises(AdapterError, match="models built like timm's"):
         TokenClassifier(nn.Linear(3, 3))
+
+
+def test_a_size_that_a_model_does_not_tell_can_be_said():
+    message = (
+        r"LevitDistilled cannot run on pictures of 224 x 224 .*pretrained_cfg_overlay=\{\"input_size\": \(3, 64, 64\)"
+    )
+    with pytest.raises(AdapterError, match=message):
+        layout_of(timm.create_model("levit_128s", img_size=64))
+    said = {"pretrained_cfg_overlay": {"input_size": (3, 64, 64)}}
+    assert layout_of(timm.create_model("levit_128s", img_size=64, **said)).grid == (1, 1)
+
+
+def test_pictures_that_are_not_square_need_a_model_of_their_size():
+    model = vit(dynamic_img_size=True).eval()
+    with pytest.raises(AdapterError, match=r"24 tokens are no square grid.*build the model with img_size=\(h, w\)"):
+        TokenClassifier(model)(torch.zeros(1, 3, 64, 96))
+    torch.manual_seed(0)
+    built = timm.create_model("test_vit", img_size=(64, 96), num_classes=5)
+    assert TokenClassifier(built)(torch.zeros(1, 3, 64, 96)).shape == (1, 5, 4, 6)
 
 
 # ---- the distiller

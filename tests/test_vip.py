@@ -214,6 +214,14 @@ def test_features_only_gives_maps_and_leaves_no_parameter_without_use(indices: t
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
+def test_a_graph_with_recomputed_activations_can_be_walked_twice() -> None:
+    model = tiny().train()
+    model.set_grad_checkpointing(True)
+    loss = model(pictures()).square().sum()
+    first = torch.autograd.grad(loss, model.patch_embed.proj.weight, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, model.patch_embed.proj.weight), first)
+
+
 def test_checkpointing_changes_no_gradient() -> None:
     torch.manual_seed(0)
     model = tiny().train()
@@ -275,6 +283,23 @@ def test_checkpoints_load_in_every_wrapping(tmp_path: Path, wrapper: str | None,
         assert torch.equal(value, loaded.state_dict()[name]), name
 
 
+def test_another_number_of_classes_is_named_or_gets_a_new_head(tmp_path: Path) -> None:
+    options = {"img_size": 56, "embed_dims": (16, 32, 32, 32), "layers": (1, 1, 1, 1)}
+    source = timm.create_model("vip_s7", num_classes=6, **options)
+    torch.save(source.state_dict(), tmp_path / "six.pth")
+
+    def loaded(classes: int, **overlay: Any) -> nn.Module:
+        file = {"file": str(tmp_path / "six.pth"), **overlay}
+        return timm.create_model("vip_s7", True, pretrained_cfg_overlay=file, num_classes=classes, **options)
+
+    with pytest.raises(ValueError, match="6 classes as the model has, but timm would leave its heads out"):
+        loaded(6)
+    with pytest.raises(ValueError, match="has 6 classes and the model 1000"):
+        loaded(1000)
+    assert torch.equal(loaded(6, num_classes=6).head.weight, source.head.weight)
+    assert loaded(7).head.out_features == 7
+
+
 # ---- sizes
 
 
@@ -309,6 +334,8 @@ def test_pictures_and_maps_of_another_size_are_named() -> None:
     for height, width in ((224, 224), (56, 112), (63, 63)):
         with pytest.raises(ValueError, match=rf"{height}x{width}, this model takes 56x56.*img_size="):
             model(torch.rand(1, 3, height, width))
+    with pytest.raises(ValueError, match="img_size=112: this model stays with pictures of 56x56"):
+        model.set_input_size(img_size=112)
     with pytest.raises(ValueError, match="2x8 tokens, this layer mixes 4x4"):
         PermuteMLP(16, 4)(torch.rand(1, 2, 8, 16))
     with pytest.raises(ValueError, match="10 channels cannot be cut into 4 segments"):

@@ -221,8 +221,16 @@ def _trial(model: nn.Module, returned: dict[str, Tensor]) -> Tensor:
     for path, module in shell.named_modules():
         if path:
             module.register_forward_hook(lambda m, a, out, path=path: returned.update({path: out}))
-    with torch.no_grad():
-        return shell.forward_features(torch.zeros(2, *input_size(model), device="meta"))  # type: ignore[operator]
+    size = input_size(model)
+    try:
+        with torch.no_grad():
+            return shell.forward_features(torch.zeros(2, *size, device="meta"))  # type: ignore[operator]
+    except Exception as error:  # whatever a model raises for pictures of another size than its own
+        raise AdapterError(
+            f"{type(model).__name__} cannot run on pictures of {size[1]} x {size[2]} pixels with {size[0]} channels, "
+            f"the size that it seems to be built for ({type(error).__name__}: {error}). If it is built for another, "
+            'say so: timm.create_model(..., pretrained_cfg_overlay={"input_size": (3, 64, 64)})'
+        ) from error
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -230,9 +238,20 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     channels, height, width = cfg.get("input_size", (3, 224, 224))
     sizes = (getattr(module, "img_size", None) for module in model.modules())  # its patch embedding's
-    size = next(filter(None, sizes), None)
+    size = next(filter(None, sizes), None) or _size_of_positions(model)
     height, width = (height, width) if size is None else size if isinstance(size, tuple | list) else (size, size)
     return channels, height, width
+
+
+def _size_of_positions(model: nn.Module) -> tuple[int, int] | None:
+    """By a position embedding (1, h, w, C) of its last grid, as VOLO has; None: it has no such."""
+    positions, stages = getattr(model, "pos_embed", None), getattr(model, "feature_info", None)
+    if not isinstance(positions, Tensor) or positions.dim() != 4 or not stages:
+        return None
+    if positions.shape[3] != model.num_features:  # (1, C, h, w), of some other grid
+        return None
+    stride = stages[-1]["reduction"]
+    return positions.shape[1] * stride, positions.shape[2] * stride
 
 
 def _grid(model: nn.Module, length: int) -> tuple[int, tuple[int, int]]:
@@ -252,5 +271,8 @@ def _grid(model: nn.Module, length: int) -> tuple[int, tuple[int, int]]:
 def _square(count: int) -> tuple[int, int]:
     side = math.isqrt(count)
     if side * side != count:
-        raise AdapterError(f"{count} tokens are no square grid; token logits need square pictures here")
+        raise AdapterError(
+            f"{count} tokens are no square grid, and the model was built for another number: for pictures that are not "
+            "square, build the model with img_size=(h, w)"
+        )
     return side, side

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ def adjacent_similarity(maps: Sequence[Tensor], threshold: float = 0.9) -> Atten
 
 
 @contextmanager
-def recorded_attention(model: nn.Module) -> Iterator[list[Tensor]]:
+def recorded_attention(model: nn.Module, point: str = POINT) -> Iterator[list[Tensor]]:
     """Within it, every forward of ``model`` appends its maps (B, heads, T, T) to the list, block by block.
 
     They are those that meet the values: after the softmax, and after re-attention or refinement. Gradients flow
@@ -86,19 +86,32 @@ def recorded_attention(model: nn.Module) -> Iterator[list[Tensor]]:
             logits = model(images)
         loss = cross_entropy(logits, labels) + 0.1 * attention_cosine(maps)
 
+    Args:
+        model: not compiled.
+        point: name of the modules through which the maps run, one in each block. timm's own transformers have
+            "attn_drop", if they are built after ``timm.layers.set_fused_attn(False)``: fused attention makes no maps.
+
     Raises:
-        ValueError: a model without a module named ``attn_map``.
+        ValueError: a model without a module of that name, or a compiled one.
     """
-    points = [module for name, module in model.named_modules() if name.rpartition(".")[2] == POINT]
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} is compiled, and what is compiled does not show its attention maps: measure the "
+            "uncompiled model (model._orig_mod of what torch.compile returned; a copy made before model.compile())"
+        )
+    points = [module for name, module in model.named_modules() if name.rpartition(".")[2] == point]
     if not points:
         raise ValueError(
-            f"{type(model).__name__} shows no attention maps: no module in it is named {POINT!r}. DeepViT and "
-            f"Refiner-ViT of distillkit.models have them; elsewhere, pass the map through an nn.Identity of that name"
+            f"{type(model).__name__} shows no attention maps: no module in it is named {point!r}. DeepViT and "
+            f"Refiner-ViT of distillkit.models have {POINT!r}, timm's transformers 'attn_drop' (see ``point``); "
+            "elsewhere, pass the map through an nn.Identity of that name"
         )
     maps: list[Tensor] = []
 
     def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        maps.append(output)
+        # a backward pass runs checkpointed blocks again
+        if torch._C._current_graph_task_id() == -1:
+            maps.append(output)
 
     handles = [point.register_forward_hook(record) for point in points]
     try:
@@ -108,18 +121,30 @@ def recorded_attention(model: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def attention_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
+def attention_maps(model: nn.Module, images: Tensor, point: str = POINT) -> list[Tensor]:
     """The maps (B, heads, T, T) of one forward, block by block; see ``recorded_attention``.
 
     The model stays in its mode, and gradients as they are: for measurements put it in eval and use ``no_grad``.
+
+    Raises:
+        ValueError: as there, or no map ran through ``point``.
     """
-    with recorded_attention(model) as maps:
+    with recorded_attention(model, point) as maps:
         model(images)
+    if not maps:
+        raise ValueError(
+            f"{type(model).__name__} ran no module named {point!r}: fused attention makes no maps; call "
+            "timm.layers.set_fused_attn(False) before the model is built"
+        )
     return list(maps)
 
 
-def plot_similarity(models: Mapping[str, AttentionSimilarity]) -> Figure:
-    """The mean of M over the depth, one line for each named model."""
+def plot_similarity(models: Mapping[str, AttentionSimilarity], value: Literal["mean", "similar"] = "mean") -> Figure:
+    """One line over the depth for each named model.
+
+    Args:
+        value: the mean of M, or the share of it above the threshold, as the paper plots.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -127,9 +152,10 @@ def plot_similarity(models: Mapping[str, AttentionSimilarity]) -> Figure:
     axis = figure.subplots()
     for name, similarity in models.items():
         blocks = range(2, len(similarity.mean) + 2)
-        axis.plot(blocks, similarity.mean.detach().cpu().numpy(), "o-", ms=3, lw=1.2, label=name)
+        heights = similarity.mean if value == "mean" else similarity.similar
+        axis.plot(blocks, heights.detach().cpu().numpy(), "o-", ms=3, lw=1.2, label=name)
     axis.set_xlabel("block, counted from 1, against the one before it", fontsize=9)
-    axis.set_ylabel("cosine of their attention maps", fontsize=9)
+    axis.set_ylabel("cosine of their attention maps" if value == "mean" else "share of similar tokens", fontsize=9)
     axis.set_ylim(top=1.02)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.25)

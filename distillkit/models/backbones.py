@@ -2,10 +2,11 @@
 
 import importlib.util
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -34,8 +35,7 @@ def backbone(name: str, strides: Sequence[int], pretrained: bool | str | Path = 
         ValueError: unknown name, or a model without a pyramid at these strides, or a file of another model.
         FileNotFoundError, ModuleNotFoundError, ConnectionError: weights that are not there, and what to do.
     """
-    if not timm.is_model(name):
-        raise ValueError(f"backbone {name!r} is not a timm model; timm.list_models('*{name[:6]}*') lists similar names")
+    name = _registered(name, "backbone")
     chosen = _levels_of(name, strides)
     options: dict[str, Any] = {"features_only": True, "out_indices": chosen, "pretrained": bool(pretrained)}
     if pretrained and pretrained is not True:
@@ -58,26 +58,46 @@ def classifier(name: str, classes: int | None, pretrained: bool | str | Path = F
     Raises: as ``backbone``; ValueError also for options that the model does not take, or True where timm has no
         weights.
     """
-    from distillkit.models import classifiers  # noqa: F401  (registers them)
-
-    name = name.removeprefix("distillkit/")  # which timm itself takes no longer
-    if not timm.is_model(name):
-        raise ValueError(f"model {name!r} is not a timm model; timm.list_models('*{name[:6]}*') lists similar names")
+    name = _registered(name, "model")
     if pretrained is True and not getattr(timm.get_pretrained_cfg(name), "has_weights", False):
         raise ValueError(f"model {name!r}: timm has no weights for it; name a file of weights")
     if pretrained and pretrained is not True:
         found, known = _classifier_weights(name, pretrained, options)
         overlay = {"state_dict": found, "num_classes": known, "label_offset": 0}
-        options, classes = options | {"pretrained_cfg_overlay": overlay}, known if classes is None else classes
+        options = options | {"pretrained_cfg_overlay": options.get("pretrained_cfg_overlay", {}) | overlay}
+        classes = known if classes is None else classes
     if classes is not None:
         options = options | {"num_classes": classes}
     try:
         with _only_errors_of(logging.getLogger("timm.models._builder")):
-            return timm.create_model(name, bool(pretrained), **options)
+            return _created(name, bool(pretrained), **options)
     except OSError as error:
         raise _unfetched(f"model {name!r}", error) from error
-    except TypeError as error:
-        raise ValueError(f"model {name!r} cannot be built with {', '.join(options)}: {error}") from error
+
+
+def pretrained_classes(name: str, pretrained: str | Path | Literal[True], **options: Any) -> int:
+    """How many classes the weights that ``classifier`` would load tell apart."""
+    name = _registered(name, "model")
+    if pretrained is True:
+        return int(timm.get_pretrained_cfg(name).num_classes)  # type: ignore[union-attr]
+    return _classifier_weights(name, pretrained, options)[1]
+
+
+def _registered(name: str, what: str) -> str:
+    """The name that timm knows a model by, those of distillkit among them; ValueError: it knows none."""
+    from distillkit.models import classifiers  # noqa: F401  (registers them)
+
+    name = name.removeprefix("distillkit/")  # which timm itself takes no longer
+    if not timm.is_model(name):
+        raise ValueError(f"{what} {name!r} is not a timm model; timm.list_models('*{name[:6]}*') lists similar names")
+    return name
+
+
+def _created(name: str, pretrained: bool = False, **options: Any) -> Any:
+    try:
+        return timm.create_model(name, pretrained, **options)
+    except TypeError as error:  # an option that the model does not take
+        raise ValueError(f"model {name!r} cannot be built: {error}") from error
 
 
 def _unfetched(what: str, error: OSError) -> ConnectionError:
@@ -120,22 +140,24 @@ def parameters_up_to(features: Any, stage: int) -> list[str]:
 def _levels_of(name: str, strides: Sequence[int]) -> tuple[int, ...]:
     with torch.device("meta"):
         whole: Any = timm.create_model(name, features_only=True)
-    reductions = whole.feature_info.reduction()
-    chosen = [i for i, r in enumerate(reductions) if r in strides]
-    want = [s for s in strides if s <= max(reductions)]
-    if not want or [reductions[i] for i in chosen] != want:
-        raise ValueError(f"backbone {name!r} has maps at strides {reductions}, wanted {list(strides)}")
+    info = whole.feature_info
+    last = dict(zip(info.reduction(), info.out_indices))  # of several maps at one stride, the last
+    want = [s for s in strides if s <= max(last)]
+    chosen = [last[s] for s in want if s in last]
+    if len(chosen) != len(want) or not want or chosen != sorted(set(chosen)):
+        raise ValueError(f"backbone {name!r} has maps at strides {list(last)}, wanted {list(strides)}, finest first")
     return tuple(chosen)
 
 
 def _weights(name: str, source: str | Path) -> dict[str, Tensor]:
     """The weights in ``source`` under timm's names, without the classifier, checked for completeness."""
-    wanted = _shell(name).state_dict()
+    shell = _shell(name)
+    wanted = shell.state_dict()
     heads = tuple(f"{head}." for head in _heads(name))
     found = _found(name, source, wanted)
-    bodies = [{k: v for k, v in d.items() if not k.startswith(heads)} for d in (wanted, found)]
-    explain_mismatch(source, *bodies)
-    return bodies[1]
+    wanted, found = ({k: v for k, v in d.items() if not k.startswith(heads)} for d in (wanted, found))
+    explain_mismatch(source, wanted, _filtered(found, shell))
+    return found
 
 
 def _classifier_weights(name: str, source: str | Path, options: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
@@ -145,12 +167,24 @@ def _classifier_weights(name: str, source: str | Path, options: dict[str, Any]) 
     found = _found(name, source, shell.state_dict())
     head = next((found.get(f"{head}.weight") for head in _heads(name)), None)
     classes = shell.num_classes if head is None else len(head)
-    wanted = _shell(name, num_classes=classes).state_dict()
-    changed = _shell(name, num_classes=classes, **options).state_dict() if options else wanted
-    if all(key in found and found[key].shape == value.shape for key, value in changed.items()):
-        wanted = changed
-    explain_mismatch(source, wanted, found)
+    for given in (options, {}):
+        shell = _shell(name, **given | {"num_classes": classes, "pretrained_cfg_overlay": {"num_classes": classes}})
+        wanted, fitted = shell.state_dict(), _filtered(found, shell)
+        if all(key in fitted and fitted[key].shape == value.shape for key, value in wanted.items()):
+            break
+    explain_mismatch(source, wanted, fitted)
     return found, classes
+
+
+def _filtered(found: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights as timm hands them to a model: through the ``checkpoint_filter_fn`` beside its class, where there is one,
+    which resizes position embeddings and renames what was published under other names."""
+    beside = (getattr(sys.modules[c.__module__], "checkpoint_filter_fn", None) for c in type(model).__mro__)
+    convert = next(filter(None, beside), None)
+    try:
+        return found if convert is None else convert(dict(found), model)
+    except (KeyError, RuntimeError):  # of another model: the comparison of names says so
+        return found
 
 
 def _found(name: str, source: str | Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -164,7 +198,7 @@ def _found(name: str, source: str | Path, wanted: Mapping[str, Tensor]) -> dict[
 def _shell(name: str, **options: Any) -> Any:
     """A model without numbers."""
     with torch.device("meta"):
-        return timm.create_model(name, **options)
+        return _created(name, **options)
 
 
 def _heads(name: str) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ The paper shows re-attention in every block. The release does so in the networks
 from collections.abc import Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import DropPath, Mlp
 from timm.models import generate_default_cfgs, register_model
@@ -34,7 +35,7 @@ class ReAttention(nn.Module):
     """Multi-head self-attention, its maps mixed between the heads (module docstring): (B, T, C) -> (B, T, C).
 
     The maps (B, heads, T, T), rows = queries, run through ``attn_map`` right before they meet the values: a module
-    that does nothing, for hooks.
+    that does nothing, for hooks. Plain attention without hooks there makes no maps, which is faster.
 
     Args:
         re_attention: False = plain attention.
@@ -67,13 +68,26 @@ class ReAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, maps: bool = False) -> Tensor:
+        """``maps``: make them, hooks or not."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T, d)
-        maps = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(-1))
-        if self.re_attention:
-            maps = self.var_norm(self.reatten_matrix(maps)) * self.map_scale
-        y = self.attn_map(maps) @ v
+        if self.re_attention or maps or self.hooked():
+            y = self.attn_map(self._maps(q, k)) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+
+    def hooked(self) -> bool:
+        """Whether someone looks at the maps."""
+        m = self.attn_map
+        return any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks))
+
+    def _maps(self, q: Tensor, k: Tensor) -> Tensor:
+        """Queries and keys, each (B, heads, T, d) -> (B, heads, T, T)."""
+        maps = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(-1))
+        if not self.re_attention:
+            return maps
+        return self.var_norm(self.reatten_matrix(maps)) * self.map_scale
 
 
 class Block(nn.Module):
@@ -103,9 +117,10 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, maps: bool = False) -> Tensor:
+        """(B, T, C) in and out; ``maps`` as in ``ReAttention``."""
         a = self.scale_adjustment
-        x = x + self.drop_path(self.attn(self.norm1(a * x))) / a
+        x = x + self.drop_path(self.attn(self.norm1(a * x), maps)) / a
         return x + self.drop_path(self.mlp(self.norm2(a * x))) / a
 
 
@@ -147,9 +162,14 @@ class DeepViT(ClassTokenViT):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
+        if isinstance(re_attention, str) or not isinstance(re_attention, bool | Sequence):
+            raise ValueError(f"re_attention must be True, False or a list of one flag a block, got {re_attention!r}")
         where = [re_attention] * depth if isinstance(re_attention, bool) else list(re_attention)
         if len(where) != depth:
-            raise ValueError(f"re_attention has {len(where)} flags for depth={depth} blocks")
+            raise ValueError(
+                f"re_attention has {len(where)} flags for depth={depth} blocks: give re_attention= too, as one flag a "
+                "block, or True or False for all"
+            )
         super().__init__(
             Stem(img_size, patch_size, in_chans, embed_dim, (64, 64) if conv_stem else ()),
             [
@@ -174,6 +194,10 @@ class DeepViT(ClassTokenViT):
             drop_rate=drop_rate,
             norm_eps=EPS,
         )
+
+    def run_block(self, block: nn.Module, *inputs: Any) -> Any:
+        # decided here: hooks may be gone when a checkpointed block runs again, and it must do the same as before
+        return super().run_block(block, *inputs, block.attn.hooked())  # type: ignore[operator,union-attr]
 
 
 def _cfg(first_conv: str) -> dict[str, Any]:

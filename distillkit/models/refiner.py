@@ -42,7 +42,6 @@ Convention = Literal["release", "paper"]
 Form = Literal["plain", "transform", "share"]
 
 EPS = 1e-6  # of every LayerNorm
-RATIO = 3.0  # E / H in all published networks
 ADJUST = 0.5  # r of ``Block``
 MLP_SCALE = 1e-5  # every MLP branch starts with
 
@@ -60,7 +59,7 @@ class DLA(nn.Module):
         kernel: k, odd.
     """
 
-    def __init__(self, heads: int, ratio: float = RATIO, kernel: int = 3):
+    def __init__(self, heads: int, ratio: float = 3.0, kernel: int = 3):
         super().__init__()
         expanded = round(heads * ratio)
         self.expand = ratio != 1
@@ -85,7 +84,7 @@ class LinearDLA(nn.Module):
         heads, ratio, kernel: as in ``DLA``.
     """
 
-    def __init__(self, heads: int, ratio: float = RATIO, kernel: int = 3):
+    def __init__(self, heads: int, ratio: float = 3.0, kernel: int = 3):
         super().__init__()
         expanded = round(heads * ratio)
         self.conv_exp = nn.Conv2d(heads, expanded, 1, bias=False)
@@ -121,7 +120,7 @@ class RefinedAttention(nn.Module):
             "plain": A = softmax(Q K^T / sqrt(d)) + previous / sqrt(d); A is handed on.
             "transform": BN(DLA(A)), which is handed on too. The paper's form, there with neither BN nor previous maps.
             "share": BN(DLA(previous)) / sqrt(d), without queries and keys; previous is handed on as it came.
-        ratio: E / H.
+        ratio, kernel: E / H and k.
         convention: see the module's docstring.
         attn_drop: dropout on the maps before they are refined.
     """
@@ -132,7 +131,8 @@ class RefinedAttention(nn.Module):
         num_heads: int,
         qkv_bias: bool = True,
         form: Form = "plain",
-        ratio: float = RATIO,
+        ratio: float = 3.0,
+        kernel: int = 3,
         convention: Convention = "release",
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -145,7 +145,7 @@ class RefinedAttention(nn.Module):
         self.qkv = nn.Linear(dim, dim if form == "share" else 3 * dim, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)
         if form != "plain":
-            self.DLA: nn.Module = (DLA if convention == "release" else LinearDLA)(num_heads, ratio)
+            self.DLA: nn.Module = (DLA if convention == "release" else LinearDLA)(num_heads, ratio, kernel)
             self.adapt_bn = nn.BatchNorm2d(num_heads) if convention == "release" else nn.Identity()
         self.attn_map = nn.Identity()
         self.proj = nn.Linear(dim, dim)
@@ -196,6 +196,8 @@ class Block(nn.Module):
         mlp_ratio: float,
         qkv_bias: bool,
         form: Form,
+        ratio: float,
+        kernel: int,
         convention: Convention,
         attn_drop: float,
         proj_drop: float,
@@ -203,7 +205,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, EPS)
-        self.attn = RefinedAttention(dim, num_heads, qkv_bias, form, RATIO, convention, attn_drop, proj_drop)
+        self.attn = RefinedAttention(dim, num_heads, qkv_bias, form, ratio, kernel, convention, attn_drop, proj_drop)
         self.norm2 = nn.LayerNorm(dim, EPS)
         self.mlp = ScaledMlp(dim, int(dim * mlp_ratio), proj_drop)
         self.drop_path = DropPath(drop_path)
@@ -223,6 +225,7 @@ class RefinerViT(ClassTokenViT):
             ``vit.resize_pos_embed``; the release does so bilinearly with aligned corners.
         embed_dim, depth, num_heads, mlp_ratio: C, blocks, heads, hidden width of the MLP over C.
         qkv_bias: whether queries, keys and values have a bias.
+        expansion, kernel: E / H and the odd k of the refinement (module docstring); 3 and 3 in all published networks.
         convention: see the module's docstring.
         dense_head: whether there is an ``aux_head`` on the patch tokens.
         drop_rate, proj_drop_rate, attn_drop_rate: dropout before the heads, in the branches, on the attention maps.
@@ -242,6 +245,8 @@ class RefinerViT(ClassTokenViT):
         num_heads: int = 12,
         mlp_ratio: float = 3.0,
         qkv_bias: bool = True,
+        expansion: float = 3.0,
+        kernel: int = 3,
         convention: Convention = "release",
         dense_head: bool = True,
         dynamic_img_size: bool = False,
@@ -253,6 +258,10 @@ class RefinerViT(ClassTokenViT):
         forms: dict[str, list[Form]] = {"release": ["plain", "share"], "paper": ["transform", "transform"]}
         if convention not in forms:
             raise ValueError(f"convention must be 'release' or 'paper', got {convention!r}")
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel={kernel} must be odd: refined maps keep their size")
+        if round(num_heads * expansion) < 1:
+            raise ValueError(f"expansion={expansion} leaves no maps of num_heads={num_heads}: it must be larger")
         super().__init__(
             Stem(img_size, patch_size, in_chans, embed_dim, (32, 64, 128)),
             [
@@ -262,6 +271,8 @@ class RefinerViT(ClassTokenViT):
                     mlp_ratio,
                     qkv_bias,
                     forms[convention][i % 2],
+                    expansion,
+                    kernel,
                     convention,
                     attn_drop_rate,
                     proj_drop_rate,

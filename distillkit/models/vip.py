@@ -10,7 +10,7 @@ every stage is bound to one number of rows and columns, ``segment_dim``, and the
 State-dict names are the release's, so its checkpoints load.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -18,6 +18,9 @@ from timm.layers import DropPath, Mlp
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+
+from distillkit.models.vit import check_classes, default_cfg, drop_path_rates, init_linear
+from distillkit.models.weights import unwrapped
 
 __all__ = ["VisionPermutator", "checkpoint_filter_fn"]  # register_model adds the entry points
 
@@ -138,7 +141,7 @@ class VisionPermutator(nn.Module):
         qkv_bias: biases of the mixing layers; the release has none.
         weighted: see ``PermuteMLP``; the released weights are all of the weighted form.
         drop_rate, proj_drop_rate: dropout before the head, and in the blocks.
-        drop_path_rate: stochastic depth: block i of L is left out with ``drop_path_rate * i / (L - 1)``.
+        drop_path_rate: stochastic depth of the last block, see ``vit.drop_path_rates``.
 
     Raises:
         ValueError: sizes that do not fit each other, here or, for pictures, in ``forward``.
@@ -175,7 +178,7 @@ class VisionPermutator(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dims[-1]
         self.grad_checkpointing = False
 
-        rates = iter(drop_path_rate * i / max(sum(layers) - 1, 1) for i in range(sum(layers)))
+        rates = iter(drop_path_rates(drop_path_rate, sum(layers)))
         self.patch_embed = PatchEmbed(in_chans, embed_dims[0], patch_size)
         network: list[nn.Module] = []
         self.stage_ends: list[int] = []
@@ -198,7 +201,7 @@ class VisionPermutator(nn.Module):
         self.norm: nn.Module = nn.LayerNorm(embed_dims[-1])
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self._made_head()
-        self.apply(_init_weights)
+        self.apply(init_linear)
 
     def _made_head(self) -> nn.Module:
         return nn.Linear(self.num_features, self.num_classes) if self.num_classes > 0 else nn.Identity()
@@ -212,6 +215,14 @@ class VisionPermutator(nn.Module):
         blocks = [(r"^network\.(\d+)\.(\d+)", None), (r"^network\.(\d+)", (0,)), (r"^norm", (99999,))]
         return {"stem": r"^patch_embed", "blocks": blocks}
 
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Refused: weights belong to the size that the model was built with."""
+        raise ValueError(
+            f"img_size={img_size}: this model stays with pictures of {self.img_size}x{self.img_size}, since its layers "
+            "mix whole rows and columns, and what they learned holds for one size. Resize the pictures, or build a "
+            "model with that img_size and train it"
+        )
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
@@ -223,7 +234,7 @@ class VisionPermutator(nn.Module):
             self.global_pool = _checked_pool(global_pool)
         self.num_classes = num_classes
         weight = self.patch_embed.proj.weight
-        self.head = self._made_head().apply(_init_weights).to(weight.device, weight.dtype).train(self.training)
+        self.head = self._made_head().apply(init_linear).to(weight.device, weight.dtype).train(self.training)
 
     def forward_intermediates(
         self,
@@ -342,43 +353,27 @@ def _checked_pool(global_pool: str) -> str:
     return global_pool
 
 
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A released checkpoint as a plain state dict. ValueError: classes as ``vit.check_classes`` says."""
+    weights = unwrapped(state_dict)
+    check_classes(weights, model)
+    return weights
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """A released checkpoint as a plain state dict: unwrapped (EMA weights first), names without ``module.``."""
-    for wrapper in ("state_dict_ema", "state_dict"):
-        if isinstance(state_dict.get(wrapper), dict):
-            state_dict = state_dict[wrapper]
-            break
-    return {name.removeprefix("module."): value for name, value in state_dict.items()}
-
-
-def _cfg(**options: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "fixed_input_size": True,
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "paper_ids": "arXiv:2106.12368",
-        "paper_name": "Vision Permutator: A Permutable MLP-Like Architecture for Visual Recognition",
-        "origin_url": "https://github.com/Andrew-Qibin/VisionPermutator",
-        **options,
-    }
+def _cfg(crop_pct: float) -> dict[str, Any]:
+    return default_cfg(
+        "patch_embed.proj",
+        crop_pct=crop_pct,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        paper_ids="arXiv:2106.12368",
+        paper_name="Vision Permutator: A Permutable MLP-Like Architecture for Visual Recognition",
+        origin_url="https://github.com/Andrew-Qibin/VisionPermutator",
+    )
 
 
 default_cfgs = generate_default_cfgs(
-    {"vip_s14": _cfg(), "vip_s7": _cfg(), "vip_m7": _cfg(), "vip_l7": _cfg(crop_pct=0.875)}
+    {"vip_s14": _cfg(0.9), "vip_s7": _cfg(0.9), "vip_m7": _cfg(0.9), "vip_l7": _cfg(0.875)}
 )
 
 

@@ -11,8 +11,8 @@ training mode too: token labelling and MixToken stand outside of the models and 
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from distillkit.models.weights import unwrapped
+
 Size = int | tuple[int, int]
 AUX_WEIGHT = 0.5  # of the dense head's best patch, in the logits
 
@@ -32,20 +34,19 @@ class Stem(nn.Module):
 
     Args:
         img_size: the side of the images, or height and width.
-        patch_size: pixels a patch.
+        patch_size: pixels a patch; even where there are ``widths``.
         widths: channels of the convolutions before the patches are cut: 7 x 7 with stride 2, then 3 x 3 with stride 1,
             each with BatchNorm and ReLU. Without any, the patches are cut from the image itself.
     """
 
     def __init__(self, img_size: Size, patch_size: int, in_chans: int, embed_dim: int, widths: Collection[int] = ()):
         super().__init__()
-        height, width = to_2tuple(img_size)
-        if height % patch_size or width % patch_size:
-            raise ValueError(f"img_size={(height, width)} is not a multiple of the patch size, {patch_size}")
-        self.img_size = (height, width)
+        if widths and patch_size % 2:
+            raise ValueError(
+                f"patch_size={patch_size} must be even: the convolutions before the patches halve the image"
+            )
         self.patch_size = (patch_size, patch_size)
-        self.grid_size = (height // patch_size, width // patch_size)
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.set_input_size(img_size)
         self.convs = len(widths)
         before = in_chans
         for i, channels in enumerate(widths, 1):
@@ -56,6 +57,15 @@ class Stem(nn.Module):
             before = channels
         side = patch_size // 2 if widths else patch_size
         self.proj = nn.Conv2d(before, embed_dim, side, side)
+
+    def set_input_size(self, img_size: Size) -> None:
+        """Expect images of another size. No weight depends on it."""
+        (height, width), patch = to_2tuple(img_size), self.patch_size[0]
+        if height % patch or width % patch:
+            raise ValueError(f"img_size={(height, width)} is not a multiple of the patch size, {patch}")
+        self.img_size = (height, width)
+        self.grid_size = (height // patch, width // patch)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def forward(self, x: Tensor) -> Tensor:
         for i in range(1, self.convs + 1):
@@ -71,7 +81,8 @@ class ClassTokenViT(nn.Module):
         stem, blocks: of the family. A block maps tokens (B, 1 + N, C) to tokens, or the family overrides
             ``run_blocks``.
         num_classes: 0 = no heads, the features are returned.
-        global_pool: "token" = the class token; "" = all tokens, for ``num_classes=0`` only.
+        global_pool: "token" = the class token; "avg" = the mean of the patch tokens, without a dense head only; "" =
+            all tokens, for ``num_classes=0`` only.
         dense_head: whether there is an ``aux_head`` on the patch tokens.
         dynamic_img_size: take images of any multiple of the patch size, by resizing the position embedding.
         drop_rate: dropout before the heads.
@@ -111,20 +122,30 @@ class ClassTokenViT(nn.Module):
         ]
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New heads for ``num_classes``; 0 = none."""
         pool = self.global_pool if global_pool is None else global_pool
-        if pool not in ("token", "") or (pool == "" and num_classes):
-            raise ValueError(f"global_pool must be 'token', or '' with num_classes=0, got {pool!r} with {num_classes}")
+        if pool not in ("token", "avg", ""):
+            raise ValueError(f"global_pool must be 'token', 'avg' or '', got {pool!r}")
+        if pool == "avg" and self.dense_head:
+            raise ValueError(
+                "global_pool='avg' cannot stand beside a dense head, which reads the patch tokens already: "
+                "use global_pool='token', or build the model with dense_head=False"
+            )
+        if pool == "" and num_classes:
+            raise ValueError(
+                f"global_pool='' keeps all tokens, and a classifier reads one: use global_pool='token', "
+                f'or reset_classifier({num_classes}, "token")'
+            )
         self.num_classes, self.global_pool = num_classes, pool
         self.head: nn.Module = self._classifier() if num_classes else nn.Identity()
         self.aux_head: nn.Module | None = self._classifier() if num_classes and self.dense_head else None
 
     def _classifier(self) -> nn.Linear:
         head = nn.Linear(self.embed_dim, self.num_classes, device=self.cls_token.device, dtype=self.cls_token.dtype)
-        _init_linear(head)
+        init_linear(head)
         return head
 
     def get_classifier(self) -> nn.Module:
@@ -139,6 +160,14 @@ class ClassTokenViT(nn.Module):
             "stem": r"^cls_token|^pos_embed|^patch_embed",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
+
+    def set_input_size(self, img_size: Size) -> None:
+        """Take images of another size from now on: the position embedding is resized, as that of a checkpoint is."""
+        before = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size)
+        if self.patch_embed.grid_size != before:  # else an optimizer may go on with the parameter that it has
+            resized = resize_pos_embed(self.pos_embed.detach(), before, self.patch_embed.grid_size)
+            self.pos_embed = nn.Parameter(resized, self.pos_embed.requires_grad)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep no activations inside of the blocks: they are computed again in the backward pass."""
@@ -155,13 +184,18 @@ class ClassTokenViT(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, 1 + N, C) -> logits (B, num_classes); the pooled features with ``pre_logits`` or without classes."""
-        pooled = self.head_drop(x[:, 0] if self.global_pool else x)
+        pooled = self.head_drop(self._pooled(x))
         if pre_logits:
             return pooled
         logits = self.head(pooled)
         if self.aux_head is None:
             return logits
         return logits + AUX_WEIGHT * self.aux_head(self.head_drop(x[:, 1:])).max(1).values
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        if self.global_pool == "avg":
+            return x[:, 1:].mean(1)
+        return x[:, 0] if self.global_pool else x
 
     def forward_intermediates(
         self,
@@ -172,6 +206,7 @@ class ClassTokenViT(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        output_dict: bool = False,
     ) -> Any:
         """The outputs of blocks, as timm's vision transformer gives them.
 
@@ -183,9 +218,11 @@ class ClassTokenViT(nn.Module):
             stop_early: run no block behind the last one wanted.
             output_fmt: "NCHW" = patches as (B, C, h, w), "NLC" = as (B, N, C).
             intermediates_only: leave out the last features.
+            output_dict: return a dict: "image_intermediates", "image_intermediates_prefix" (the class tokens, with
+                ``return_prefix_tokens``) and "image_features" (the last ones).
 
         Returns:
-            (last features (B, 1 + N, C), list of intermediates), or the list alone.
+            (last features (B, 1 + N, C), list of intermediates), or the list alone, or the dict.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
@@ -196,7 +233,13 @@ class ClassTokenViT(nn.Module):
         patches = [t[:, 1:] for t in taken]
         if output_fmt == "NCHW":
             patches = [p.transpose(1, 2).unflatten(2, grid).contiguous() for p in patches]
-        found = list(zip(patches, [t[:, :1] for t in taken])) if return_prefix_tokens else patches
+        prefixes = [t[:, :1] for t in taken]
+        if output_dict:
+            named: dict[str, Any] = {"image_intermediates": patches}
+            if return_prefix_tokens:
+                named["image_intermediates_prefix"] = prefixes
+            return named if intermediates_only else {**named, "image_features": self.norm(x)}
+        found = list(zip(patches, prefixes)) if return_prefix_tokens else patches
         return found if intermediates_only else (self.norm(x), found)
 
     def prune_intermediate_layers(
@@ -250,22 +293,29 @@ class ClassTokenViT(nn.Module):
             return block(*inputs)
         if torch.compiler.is_compiling():  # which takes no contexts, and does not repeat the update of statistics
             return checkpoint(block, *inputs, use_reentrant=False)
-        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _same_buffers(block)))
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _SameBuffers(block)))
 
 
-@contextmanager
-def _same_buffers(module: nn.Module) -> Iterator[None]:
-    """Undo what happens inside to a module's buffers: a BatchNorm that runs again would count its batch twice."""
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:
+class _SameBuffers:
+    """Undo what happens inside to a module's buffers: a BatchNorm that runs again would count its batch twice.
+
+    It is entered once for every backward pass over the graph.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __enter__(self) -> None:
+        self.before = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+
+    def __exit__(self, *error: object) -> None:
         with torch.no_grad():
-            for buffer, value in before:
+            for buffer, value in self.before:
                 buffer.copy_(value)
 
 
-def _init_linear(module: nn.Module) -> None:
+def init_linear(module: nn.Module) -> None:
+    """The first weights of a linear layer, as published for all families; other modules stay as they are."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -304,46 +354,59 @@ def resize_grid(grid: Tensor, new: tuple[int, int]) -> Tensor:
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: ClassTokenViT) -> dict[str, Tensor]:
-    """A published checkpoint -> a state dict for a model, whatever its image size. No tensor is left out.
+    """A published checkpoint, wrapped or not -> a state dict for a model, whatever its image size.
 
-    The weights may stand under "state_dict_ema", which comes first, or "state_dict"; names may begin with "module.".
+    No tensor is left out but those of a dense head where the model was built without one. A position embedding is read
+    as that of a square grid if it can be one: weights of a model of 4 x 16 patches would be taken for 8 x 8, and belong
+    into ``model.load_state_dict`` directly.
 
     Raises:
-        ValueError: a position embedding of no square grid, or another number of classes, unless timm exchanges the
-            heads: it does where the file has the ``num_classes`` of ``model.pretrained_cfg``.
+        ValueError: a position embedding of no square grid; classes as ``check_classes`` says.
     """
-    for key in ("state_dict_ema", "state_dict"):
-        if isinstance(state_dict.get(key), Mapping):
-            state_dict = state_dict[key]
-            break
-    weights = {name.removeprefix("module."): value for name, value in state_dict.items()}
-    _check_classes(weights, model)
+    weights = unwrapped(state_dict)
+    if not model.dense_head:
+        weights = {name: value for name, value in weights.items() if not name.startswith("aux_head.")}
+    check_classes(weights, model)
     if "pos_embed" in weights:
         weights["pos_embed"] = _fit_pos_embed(weights["pos_embed"], model.patch_embed.grid_size)
     return weights
 
 
-def _check_classes(weights: Mapping[str, Tensor], model: ClassTokenViT) -> None:
-    known = getattr(model, "pretrained_cfg", {}).get("num_classes", model.num_classes)
-    found = len(weights["head.weight"]) if "head.weight" in weights else model.num_classes
-    if model.num_classes and found not in (model.num_classes, known):
+def check_classes(weights: Mapping[str, Tensor], model: Any) -> None:
+    """Whether timm does with the heads of a checkpoint what is meant. It goes by numbers of classes alone: it keeps
+    them where the model's is that of its ``pretrained_cfg``, and else leaves them out, so that the model's stay new.
+
+    Raises:
+        ValueError: it would leave heads out that fit the model, or keep heads that do not.
+    """
+    wanted = model.num_classes
+    found = len(weights["head.weight"]) if "head.weight" in weights else wanted
+    known = getattr(model, "pretrained_cfg", {}).get("num_classes", wanted)
+    if wanted and wanted == found != known:
         raise ValueError(
-            f"the checkpoint has {found} classes and the model {model.num_classes}: build it with num_classes={found}, "
-            f"or give it {model.num_classes} new ones: pretrained_cfg_overlay=dict(..., num_classes={found})"
+            f"the checkpoint has {found} classes as the model has, but timm would leave its heads out, since they are "
+            f"said to be for {known}: pretrained_cfg_overlay=dict(..., num_classes={found})"
+        )
+    if wanted and wanted == known != found:
+        raise ValueError(
+            f"the checkpoint has {found} classes and the model {wanted}: say so in "
+            f"pretrained_cfg_overlay=dict(..., num_classes={found}); the model then gets new heads, "
+            f"or those of the checkpoint with num_classes={found}"
         )
 
 
 def _fit_pos_embed(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
+    """For a model of this grid. A file does not tell its own, and all published ones are square."""
     patches = embedding.shape[1] - 1
+    side = math.isqrt(patches)
+    if side * side == patches:
+        return resize_pos_embed(embedding, (side, side), grid)
     if patches == grid[0] * grid[1]:
         return embedding
-    side = math.isqrt(patches)
-    if side * side != patches:
-        raise ValueError(
-            f"pos_embed {tuple(embedding.shape)} has positions for {patches} patches, which are no square grid, and "
-            f"the model for {grid[0]} x {grid[1]}: build the model with the img_size of the checkpoint"
-        )
-    return resize_pos_embed(embedding, (side, side), grid)
+    raise ValueError(
+        f"pos_embed {tuple(embedding.shape)} has positions for {patches} patches, which are no square grid, and "
+        f"the model for {grid[0]} x {grid[1]}: build the model with the img_size of the checkpoint"
+    )
 
 
 # ---- timm

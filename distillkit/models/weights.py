@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+WRAPS = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys that state dicts are saved under
+
 
 class _Inert:
     """Stands in for every class and function a file names beyond tensors: it takes anything and does nothing."""
@@ -24,7 +26,7 @@ class _Inert:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors or a torch file, there at the top or under "state_dict" or "model".
+    """The state dict in a .safetensors or a torch file, however it is wrapped (see ``unwrapped``).
 
     Training programs save more than weights: OpenMMLab's runners save their logs (``HistoryBuffer``, NumPy scalars,
     methods), which ``torch.load(weights_only=True)`` refuses. Here all of that becomes inert objects, then dropped.
@@ -40,12 +42,21 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         loaded = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
     except Exception as error:  # safetensors, zipfile, pickle and struct raise types of their own for a damaged file
         raise ValueError(f"{path} cannot be read as a weights file: {type(error).__name__}: {error}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise ValueError(f"{path} holds no state dict: names and tensors, at its top or under 'state_dict' or 'model'")
-    return dict(loaded)
+    weights = unwrapped(loaded) if isinstance(loaded, Mapping) else {}
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(
+            f"{path} holds no state dict: names and tensors, at its top or under one of {', '.join(WRAPS)}"
+        )
+    return weights
+
+
+def unwrapped(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict in what a training program saved: averaged weights before others, as timm takes them, and names
+    without the "module." of a model that was trained on several devices."""
+    for key in WRAPS:
+        if isinstance(saved.get(key), Mapping):
+            saved = saved[key]
+    return {str(name).removeprefix("module."): value for name, value in saved.items()}
 
 
 def explain_mismatch(path: str | Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
