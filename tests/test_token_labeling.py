@@ -253,7 +253,7 @@ def test_a_map_follows_its_picture():
         (
             lambda: distillkit.wrap(timm.create_model("resnet10t"), distillers=[TokenLabeling("labels")]),
             ValueError,
-            "runs no such module: name its patch embedding",
+            "ResNet runs no such module: set mix_token=False, or mix_at to one of layer4",
         ),
         (lambda: TokenLabeling("map"), ValueError, "source must be"),
         (lambda: TokenLabeling(smoothing=1.0), ValueError, "smoothing must be"),

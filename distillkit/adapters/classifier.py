@@ -140,17 +140,25 @@ def mix_place(model: nn.Module, path: str) -> MixPlace:
     Raises:
         ValueError: there is no such module, or what it returns is no whole multiple of that grid.
     """
-    layout = layout_of(model)
-    height, width = layout.grid
+    grid = layout_of(model).grid
     returned: dict[str, Tensor] = {}
     _trial(model, returned)
+    if path in returned and (place := _place(returned[path], grid)):
+        return place
+    fitting = [other for other, output in returned.items() if "." not in other and _place(output, grid)]
     name = type(model).__name__
-    if path not in returned:
-        raise ValueError(
-            f"mix_token mixes what {path!r} returns, and {name} runs no such module: name its patch embedding, as in "
-            'mix_at="stem", or set mix_token=False'
-        )
-    shape = tuple(returned[path].shape) if isinstance(returned[path], Tensor) else ()
+    shape = tuple(getattr(returned.get(path), "shape", ()))
+    why = f"{name} runs no such module"
+    if path in returned:
+        why = f"that of {name} is {shape or 'no tensor'}, no whole multiple of its {grid[0]} x {grid[1]} tokens"
+    others = f", or mix_at to one of {', '.join(fitting[:5])}, the earlier the better" if fitting else ""
+    raise ValueError(f"mix_token mixes what {path!r} returns, and {why}: set mix_token=False{others}")
+
+
+def _place(output: Any, grid: tuple[int, int]) -> MixPlace | None:
+    """How a module's output lies against ``grid``; None where it is no whole multiple of it."""
+    shape = tuple(output.shape) if isinstance(output, Tensor) else ()
+    height, width = grid
     sides: dict[str, tuple[int, ...]] = {}
     if len(shape) == 4:
         sides = {"bchw": shape[2:], "bhwc": shape[1:3]}
@@ -158,12 +166,9 @@ def mix_place(model: nn.Module, path: str) -> MixPlace:
         scale = math.isqrt(shape[1] // (height * width))
         sides = {"bnc": (height * scale, width * scale)} if height * width * scale * scale == shape[1] else {}
     for kind, (high, wide) in sides.items():
-        if high % height == 0 and high // height == wide // width and wide % width == 0:
+        if high % height == 0 and high // height == wide // width and wide % width == 0 and high:
             return MixPlace(kind, high // height, (high, wide))  # type: ignore[arg-type]
-    raise ValueError(
-        f"mix_token: {path!r} of {name} returns {shape or 'no tensor'}, which is no multiple of its {height} x {width} "
-        "tokens: name another module (mix_at), or set mix_token=False"
-    )
+    return None
 
 
 def is_classifier(model: nn.Module) -> bool:
