@@ -154,7 +154,7 @@ class Bench:
 def cell(recipe: Recipe, row: schema.Row, seed: int) -> str:
     """The name of a cell: the row, the seed, and a digest of all that its numbers come from, except the code."""
     made_by: list[Any] = [
-        *_judged_on(recipe),
+        *_common(recipe),
         _changed(student_of(recipe, row.student)),
         _changed(train_of(recipe, row.train)),
     ]
@@ -172,14 +172,17 @@ def chosen_by(recipe: Recipe, row: schema.Row) -> list[schema.Distiller]:
 
 def teacher_cell(recipe: Recipe) -> str:
     models = [_changed(config) for config in build.teacher_configs(recipe).values()]
-    return f"teachers-{_digest([*_judged_on(recipe), *models, _changed(recipe.train), recipe.seed])}"
+    return f"teachers-{_digest([*_common(recipe), *models, _changed(recipe.train), recipe.seed])}"
 
 
-def _judged_on(recipe: Recipe) -> list[Any]:
+def _common(recipe: Recipe) -> list[Any]:
+    """What all cells of a recipe have in common."""
+    smoothing = getattr(recipe, "smoothing", 0.0)
     return [
-        _changed(recipe.data, {"root", "workers"}),
+        _changed(recipe.data, {"root", "workers"}),  # the same data elsewhere are the same
         _changed(recipe.evaluate),
-    ]  # the same data elsewhere are the same
+        *([smoothing] if smoothing else []),
+    ]
 
 
 def _changed(block: BaseModel, without: set[str] | None = None) -> dict[str, Any]:
