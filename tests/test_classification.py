@@ -124,6 +124,7 @@ def test_tar_files(tmp_path):
     write_tar(tmp_path / "train-1.tar", {"./b.v2.png": png("blue"), "./b.v2.cls": b"0"})
     data = TarPictures(tmp_path, "train-*.tar", ["x", "y", "z"], transform=Middle((20, 20), 1.0))
     assert (data.keys, data.labels) == (["a/1.png", "b.v2.png"], [2, 0])
+    assert TarPictures(tmp_path, "train-{0..1}.tar", ["x", "y", "z"]).keys == data.keys
     assert data[0, 0][0][:, 0, 0].tolist() == [1, 0, 0]
     write_tar(tmp_path / "bad-0.tar", {"a.png": png("red"), "b.png": png("red"), "b.cls": b"3"})
     with pytest.raises(DataError, match=r"it has no label(.|\n)*'3'.*expected a number from 0 to 2"):

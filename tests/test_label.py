@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,15 +19,25 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor
 from typer.testing import CliRunner
 
 from distillkit import cli
-from distillkit.data.label_store import JOB, AnnotatorInfo, LabelMapError, LabelStore, Preprocessing, weights_sha256
+from distillkit.data.label_store import (
+    JOB,
+    STOP,
+    AnnotatorInfo,
+    LabelMapError,
+    LabelStore,
+    Preprocessing,
+    weights_sha256,
+)
 from distillkit.data.picture_list import list_pictures
 from distillkit.data.problems import DataError
 from distillkit.models.backbones import LITE0_WHEEL
 from distillkit.training import label as module
+from distillkit.training import processes as processes_module
 from distillkit.training.errors import RunError
 from distillkit.training.label import Annotator, annotate, folder_labels, load_annotator
 from tests.ranks import on_two_ranks
@@ -71,7 +82,7 @@ def draw(root: Path, count: int = COUNT) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (".lock", STOP)}
 
 
 @pytest.fixture
@@ -210,6 +221,16 @@ def test_a_killed_call_is_gone_on_with_to_the_byte(tmp_path, images, whole):
     assert content(folder) == whole
 
 
+def test_a_damaged_shard_of_a_finished_folder_is_made_again(tmp_path, images, whole, caplog):
+    shard = tmp_path / "whole/maps-00001.bin"
+    shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    dense = StandIn()
+    annotate(stand_in(dense), list_pictures(images), tmp_path / "whole", **OPTIONS)
+    assert f"{tmp_path / 'whole'}: maps-00001.bin: gone or damaged, made again" in caplog.text
+    assert dense.calls == 1 + 2
+    assert content(tmp_path / "whole") == whole
+
+
 def on_a_rank(rank: int, images: str, fresh: str, begun: str) -> list[int]:
     """How often the annotator is run, for a folder of two processes from the start, and for one that is gone on with;
     and whether what the first process refuses is an error of both."""
@@ -231,6 +252,48 @@ def test_two_processes_write_the_same_bytes_also_where_one_began(tmp_path, image
     calls = on_two_ranks(on_a_rank, str(images), str(tmp_path / "fresh"), str(tmp_path / "begun"))
     assert content(tmp_path / "fresh") == content(tmp_path / "begun") == whole
     assert calls == [[1 + 2 * 2, 1 + 2 * 2], [1 + 2 * 2, 1 + 2]]  # of three shards that are left, two and one
+
+
+def on_a_failing_rank(rank: int, images: str, folder: str) -> list[int]:
+    """How often the annotator is run where the second process fails in its first shard; then what is left is made."""
+    os.environ.update(ACCELERATE_USE_CPU="true", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    stop = Path(folder) / STOP
+
+    def fail() -> None:
+        raise ValueError("the annotator fails")
+
+    def wait() -> None:
+        end = time.monotonic() + 30
+        while not stop.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+
+    dense = StandIn(2, fail if rank else wait)
+    with pytest.raises(ValueError, match="the annotator fails"):
+        annotate(stand_in(dense), list_pictures(images), folder, **OPTIONS)
+    again = StandIn()
+    annotate(stand_in(again), list_pictures(images), folder, **OPTIONS)
+    return [dense.calls, again.calls, stop.exists()]
+
+
+def test_where_a_process_fails_the_others_stop_at_their_next_shard(tmp_path, images, whole):
+    first, second = on_two_ranks(on_a_failing_rank, str(images), str(tmp_path / "maps"))
+    assert first == [1 + 2, 1 + 2 * 2, False]  # one of its two shards; then two of the three that are left
+    assert second == [2, 1 + 2, False]
+    assert content(tmp_path / "maps") == whole
+
+
+def test_processes_wait_for_the_slowest(tmp_path, images, monkeypatch):
+    """Whoever comes first to ask for the processes says for how long: the verb, or the function."""
+    asked, state = [], processes_module.PartialState
+    monkeypatch.setattr(processes_module, "PartialState", lambda **options: asked.append(options) or state(**options))
+    call(images, "--annotator", "resnt18", "--out", tmp_path / "maps")
+    first = asked[0]
+    asked.clear()
+    with pytest.raises(ValueError, match="resnt18"):
+        module.label("resnt18", images, tmp_path / "maps")
+    assert first["timeout"] == asked[0]["timeout"] == module.WAIT
+    processes_module.processes()
+    assert "timeout" not in asked[-1]
 
 
 def test_one_call_at_a_time(tmp_path, images):
@@ -259,7 +322,7 @@ def test_other_annotators_settings_and_pictures_are_refused(tmp_path, images, wh
     with pytest.raises(LabelMapError, match=r"region: full there, center_square now; k: 5 there, 4 now"):
         annotate(stand_in(), list_pictures(images), folder, k=4, region="center_square", **OPTIONS)
     (images / "class0/00.png").unlink()
-    with pytest.raises(LabelMapError, match=r"pictures: 12 there, 11 now; images_sha256: "):
+    with pytest.raises(LabelMapError, match=r"\(1 of its pictures are not in .*images \(class0/00\.png\)\): use anoth"):
         annotate(stand_in(), list_pictures(images), folder, **OPTIONS)
     with pytest.raises(LabelMapError, match="images holds files that are no label maps: use an empty folder"):
         annotate(stand_in(), list_pictures(images), images, **OPTIONS)
@@ -286,6 +349,15 @@ def test_broken_pictures_are_named_or_skipped(tmp_path, images, whole, caplog):
         store["class2/11.png"]
     for name in ("maps-00001.bin", "maps-00002.bin"):
         assert content(maps)[name] == whole[name]
+    for name in sizes:
+        (images / name).unlink()
+    assert annotate(stand_in(), list_pictures(images), maps, **OPTIONS)[:2] == (10, 2)
+
+
+def test_a_cell_keeps_five_classes_or_all_of_fewer(tmp_path, images):
+    annotate(stand_in(), list_pictures(images), tmp_path / "many", workers=0)
+    annotate(stand_in(lambda x: Colours()(x)[:, :3]), list_pictures(images), tmp_path / "few", workers=0)
+    assert (LabelStore(tmp_path / "many").k, LabelStore(tmp_path / "few").k) == (5, 3)
 
 
 def test_impossible_settings_write_nothing(tmp_path, images):
@@ -348,9 +420,29 @@ def test_a_transformer_at_another_size(tmp_path):
     assert load_annotator("test_vit", tmp_path / "tuned.safetensors", size=96).info.sha256 == weights_sha256(tuned)
 
 
-def test_our_own_classifiers_are_annotators(tmp_path):
-    import distillkit.models.classifiers  # noqa: F401
+def test_an_annotator_is_built_with_options(tmp_path):
+    """As a run built it: another number of blocks, another size, another stride."""
+    options = {"depth": 2, "img_size": 96}
+    model = saved(tmp_path / "own.safetensors", "test_vit", num_classes=7, **options)
+    made = load_annotator("test_vit", tmp_path / "own.safetensors", options=options)
+    assert made.info.sha256 == weights_sha256(model)
+    assert made.info.options == options
+    assert made.preprocessing.size == (96, 96)
+    saved(tmp_path / "own.safetensors", "resnet10t", num_classes=7)
+    for given, cells in (({}, 2), ({"output_stride": 16}, 4)):
+        made = load_annotator("resnet10t", tmp_path / "own.safetensors", 64, options=given)
+        with torch.inference_mode():
+            assert made.dense(torch.randn(1, 3, 64, 64)).shape == (1, 7, cells, cells)
+    for given, message in (
+        ({"num_classes": 3}, "annotator: options: num_classes cannot be given here; weights come from"),
+        ({"depth": None}, r"annotator\.options\.depth: expected .* a whole number .*; got nothing"),
+        ({"deep": 3}, r"model 'resnet10t' cannot be built: .*deep"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_annotator("resnet10t", tmp_path / "own.safetensors", options=given)
 
+
+def test_our_own_classifiers_are_annotators(tmp_path):
     saved(tmp_path / "own.safetensors", "lvvit_t", num_classes=3)
     made = load_annotator("lvvit_t", tmp_path / "own.safetensors")
     with torch.inference_mode():
@@ -411,7 +503,50 @@ def test_the_verb(tmp_path, images):
     assert "annotator.precision: bfloat16 there, float32 now): use another folder\n" in again.stderr
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         tar.add(images, ".")
-    assert call(tmp_path / "0.tar", *options, "--precision", "bfloat16").exit_code == 0
+    assert call(tmp_path / "{0..0}.tar", *options, "--precision", "bfloat16").exit_code == 0
+
+
+def test_the_verbs_options_of_the_annotator(tmp_path, images):
+    saved(tmp_path / "own.safetensors", "resnet10t", num_classes=3)
+    words = [images, "--annotator", "resnet10t", "--pretrained", tmp_path / "own.safetensors", "--size", 64]
+    words += ["--out", tmp_path / "maps", "--workers", 0]
+    result = call(*words, "--option", "output_stride=16", "--option", "drop_rate=1e-1")
+    assert result.exit_code == 0, result.output
+    store = LabelStore(tmp_path / "maps")
+    assert store.info.annotator.options == {"output_stride": 16, "drop_rate": 0.1}
+    assert (store.k, store.grid) == (3, (4, 4))
+    for option, message in (
+        ("output_stride", "--option output_stride: expected KEY=VALUE, as in img_size=384\n"),
+        ("drop_rate=[", "--option drop_rate=[: not YAML: "),
+    ):
+        result = call(*words, "--option", option)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert message in result.stderr
+
+
+MY_ANNOTATORS = """
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, ResNet
+
+about = {"input_size": (3, 64, 64), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3}
+default_cfgs = generate_default_cfgs({"my_annotator": {**about, "first_conv": "conv1", "classifier": "fc"}})
+
+
+@register_model
+def my_annotator(pretrained=False, **options):
+    return build_model_with_cfg(ResNet, "my_annotator", pretrained, block=BasicBlock, layers=[1, 1, 1, 1], **options)
+"""
+
+
+def test_an_imported_package_may_register_an_annotator_with_timm(tmp_path, images, monkeypatch):
+    (tmp_path / "my_annotators.py").write_text(MY_ANNOTATORS)
+    monkeypatch.syspath_prepend(tmp_path)
+    save_file(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3).state_dict(), tmp_path / "own.safetensors")
+    words = [images, "--annotator", "my_annotator", "--pretrained", tmp_path / "own.safetensors", "--size", 64]
+    result = call(*words, "--import", "my_annotators", "--out", tmp_path / "maps", "--workers", 0)
+    assert result.exit_code == 0, result.output
+    assert LabelStore(tmp_path / "maps").info.annotator.name == "my_annotator"
+    assert "registers classifiers with timm" in " ".join(call("--help").output.replace("│", " ").split())
 
 
 def test_the_verbs_help_and_messages(tmp_path, images, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import tarfile
 from pathlib import Path
@@ -33,7 +34,7 @@ from distillkit.data.label_store import (
     skipped,
     weights_sha256,
 )
-from distillkit.data.picture_list import list_pictures
+from distillkit.data.picture_list import PictureList, expanded, list_pictures
 from distillkit.data.problems import DataError
 from distillkit.data.release_maps import ReleaseMaps, read_release_map
 
@@ -92,6 +93,10 @@ def written(folder: Path, images: Path, without: tuple[int, ...] = ()) -> dict[s
         writer.write(number, records[list(about.rows(number))])
     writer.finish()
     return {key: (scores[place], indices[place]) for place, key in enumerate(pictures.keys)}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
@@ -186,15 +191,29 @@ def test_the_shards_can_be_read_by_whoever_reads_the_manifest(folder):
     assert part["sha256"] == hashlib.sha256((folder / part["file"]).read_bytes()).hexdigest()
 
 
-def test_reading_maps_every_shard_once(folder, monkeypatch):
-    opened = []
-    memmap = np.memmap
-    monkeypatch.setattr(np, "memmap", lambda path, *a: opened.append(path.name) or memmap(path, *a))
-    store = LabelStore(folder)
-    assert opened == []
-    for key in store.keys * 3:
-        store[key]
-    assert opened == ["maps-00000.bin", "maps-00001.bin"]
+@pytest.fixture
+def few_open_files():
+    """No more than 64 at a time."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_there_may_be_more_shards_than_open_files(tmp_path, few_open_files):
+    pictures = PictureList([tmp_path], [f"{number:02d}.png" for number in range(70)], [1] * 70)
+    about = info(pictures, grid=(1, 1), shard=1)
+    scores, indices = random_maps(70, about)
+    writer = LabelWriter(tmp_path / "maps", about, pictures)
+    writer.begin()
+    for number, record in enumerate(encode(scores, indices, about.record)):
+        writer.write(number, record[None])
+    writer.finish()
+    store = LabelStore(tmp_path / "maps")
+    assert all(torch.equal(store[key][1], places) for key, places in zip(store.keys, indices))
+    (tmp_path / "maps/maps-00033.bin").write_bytes(b"half")
+    with pytest.raises(LabelMapError, match=r"maps-00033\.bin: ends before picture 0: damaged or exchanged"):
+        store["33.png"]
 
 
 def test_a_loader_process_is_sent_the_path_alone(folder):
@@ -245,13 +264,13 @@ def edit(folder: Path, **changes) -> None:
         ({"version": 2}, r"manifest\.json: version 2; this distillkit reads up to 1: install a newer one"),
         ({"format": "other"}, r"manifest\.json: not written by distillkit .*name another folder"),
         ({"parts__0__file": "../maps-00000.bin"}, r"manifest\.json: parts\.0\.file: String should match pattern"),
-        ({"parts__0__file": "maps-00001.bin"}, r"its shards are not those of 6 pictures: damaged"),
+        ({"parts__0__file": "maps-00001.bin"}, r"its shards are not those of 6 pictures; copy it again, or label"),
         ({"parts__0__keys": ["../e.jpg"] * 4}, r"parts\.0\.keys\.0: .*'\.\./e\.jpg' leads out of the folder"),
         ({"parts__0__keys": ["/etc/x.jpg"] * 4}, r"'/etc/x\.jpg' leads out of the folder"),
-        ({"parts__0__keys": ["a.png"]}, r"its shards are not those of 6 pictures: damaged"),
-        ({"parts__0__sizes": [1]}, r"its shards are not those of 6 pictures: damaged"),
+        ({"parts__0__keys": ["a.png"]}, r"its shards are not those of 6 pictures; copy"),
+        ({"parts__0__sizes": [1]}, r"its shards are not those of 6 pictures; copy"),
         ({"parts__0__sha256": "x"}, r"parts\.0\.sha256: String should match"),
-        ({"maps__grid": [7, 7]}, r"the record is not that of its k, grid and classes: damaged"),
+        ({"maps__grid": [7, 7]}, r"the record is not that of its k, grid and classes; copy it again"),
         ({"maps__k": 0}, r"maps\.k: Input should be greater than or equal to 1; copy it again"),
         ({"maps__region": "middle"}, r"maps\.region: Input should be 'full' or 'center_square'"),
         ({"more": 1}, r"more: Extra inputs are not permitted"),
@@ -340,32 +359,75 @@ def test_pictures_without_a_map_are_named(tmp_path, images):
         store.check(images)
 
 
+def test_pictures_without_a_map_may_be_taken_away(tmp_path, images):
+    maps = tmp_path / "maps"
+    written(maps, images, without=(1, 5))
+    before = content(maps)
+    (images / "cat/b.png").unlink()
+    (images / "f.png").unlink()
+    pictures = list_pictures(images)
+    LabelStore(maps).check(pictures)
+    writer = LabelWriter(maps, info(pictures, grid=(3, 4)), pictures)
+    assert writer.begin() == []
+    writer.finish()
+    assert content(maps) == before
+    (maps / "maps-00001.bin").unlink()
+    message = (
+        r"maps-00001\.bin: gone or damaged, and cannot .* that were skipped \(cat/b\.png, f\.png\): put these back"
+    )
+    with pytest.raises(LabelMapError, match=message):
+        writer.begin()
+    assert (maps / MANIFEST).is_file()
+    draw(images, ["cat/b.png", "f.png"])
+    (images / "e.jpg").unlink()
+    with pytest.raises(LabelMapError, match=r"1 of its pictures are not in .*images \(e\.jpg\)"):
+        LabelWriter(maps, info(pictures), list_pictures(images)).begin()
+
+
 def test_maps_of_something_else_are_not_gone_on_with(tmp_path, folder, images):
     pictures = list_pictures(images)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = content(folder)
     with pytest.raises(LabelMapError, match=r"holds maps that are not these \(k: 5 there, 3 now\): use another folder"):
         LabelWriter(folder, info(pictures, k=3, grid=(3, 4)), pictures).begin()
     draw(images, ["new.png"])
+    (images / "f.png").rename(images / "g.png")
+    Image.new("RGB", (99, 99)).save(images / "e.jpg")
     pictures = list_pictures(images)
-    message = r"\(pictures: 6 there, 7 now; images_sha256: \w{12}\.\.\. there, \w{12}\.\.\. now\)"
+    message = (
+        r"\(1 of its pictures are not in .*images \(f\.png\); 1 pictures in .* are not as long as they were "
+        r"\(e\.jpg\); 2 pictures in .* are new \(g\.png, new\.png\)\): use another folder"
+    )
     with pytest.raises(LabelMapError, match=message):
         LabelWriter(folder, info(pictures, grid=(3, 4)), pictures).begin()
     with pytest.raises(LabelMapError, match=r"images holds files that are no label maps: use an empty folder"):
         LabelWriter(images, info(pictures), pictures).begin()
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert content(folder) == before
+
+
+def test_options_of_the_annotator_make_other_maps(folder, images):
+    """Manifests from before there were options are of an annotator without any."""
+    pictures, mine = list_pictures(images), LabelStore(folder).info
+    assert mine.annotator.options == {}
+    saved = json.loads((folder / MANIFEST).read_text())
+    del saved["maps"]["annotator"]["options"]
+    (folder / MANIFEST).write_text(json.dumps(saved))
+    assert LabelStore(folder).info == mine
+    other = mine.model_copy(update={"annotator": mine.annotator.model_copy(update={"options": {"output_stride": 16}})})
+    message = r"\(annotator\.options\.output_stride: not given there, 16 now\)"
+    with pytest.raises(LabelMapError, match=message):
+        LabelWriter(folder, other, pictures).begin()
 
 
 def test_a_finished_folder_that_lost_a_shard_is_a_job_again(folder, images):
     pictures = list_pictures(images)
     writer = LabelWriter(folder, LabelStore(folder).info, pictures)
     before = (folder / MANIFEST).read_bytes()
-    writer.begin()
+    assert writer.begin() == []
     assert (folder / MANIFEST).read_bytes() == before
     shard = (folder / "maps-00000.bin").read_bytes()
     (folder / "maps-00000.bin").unlink()
     (folder / ".maps-00000.bin.part").write_bytes(b"half")
-    writer.begin()
-    assert [writer.finished(number) for number in range(2)] == [False, True]
+    assert writer.begin() == [0]
     assert sorted(path.name for path in folder.iterdir()) == [JOB, "maps-00001.bin"]
     writer.write(0, np.frombuffer(shard, writer.info.record))
     writer.finish()
@@ -469,7 +531,7 @@ def test_wrong_tar_files(tmp_path, images):
     second = pack(tmp_path / "1.tar", images, ["f.png"])
     with pytest.raises(DataError, match=r"1\.tar: f\.png: a picture of this name is in .*0\.tar, too; rename one"):
         list_pictures([first, second])
-    with pytest.raises(DataError, match=r"f\.png: a picture of this name is in .*0\.tar, too"):
+    with pytest.raises(DataError, match=r"e\.jpg: a picture .* in .*0\.tar, too \(and 1 more such names\); name each"):
         list_pictures([first, first])
     packed = pack(tmp_path / "0.tar.gz", images, ["e.jpg"], "w:gz")
     with pytest.raises(DataError, match=r"0\.tar\.gz: not a readable tar file .*tar files that are not compressed"):
@@ -477,6 +539,45 @@ def test_wrong_tar_files(tmp_path, images):
     first.write_bytes(first.read_bytes()[:700])
     with pytest.raises(DataError, match=r"0\.tar: not a readable tar file \(.*\); .* whole tar files"):
         list_pictures(first)
+
+
+def test_names_that_come_again_in_every_tar_file_are_one_problem(tmp_path, images):
+    tars = [pack(tmp_path / f"{number}.tar", images, NAMES) for number in range(3)]
+    with pytest.raises(DataError) as caught:
+        list_pictures(tars)
+    assert str(caught.value) == (
+        f"{tars[1]}: cat/a.png: a picture of this name is in {tars[0]}, too (and 11 more such names); name each tar "
+        "file once; where numbers start again in each, count on through all of them, or put the tar file's name in "
+        "front, as in 0001/cat/a.png"
+    )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("{0008..0010}.tar", ["0008.tar", "0009.tar", "0010.tar"]),
+        ("{8..10}.tar", ["8.tar", "9.tar", "10.tar"]),
+        ("{0..1}", ["0", "1"]),
+        ("{1..00}", ["00", "01"]),
+        ("a{1..2}/b-{09..10}", ["a1/b-09", "a1/b-10", "a2/b-09", "a2/b-10"]),
+        ("{a..b}-{1,2}", ["{a..b}-{1,2}"]),
+    ],
+)
+def test_names_with_ranges_in_braces(pattern, names):
+    assert expanded(pattern) == names
+
+
+def test_tar_files_named_by_a_range(tmp_path, images):
+    for number, name in enumerate(NAMES[:3]):
+        pack(tmp_path / f"train-{number:04d}.tar", images, [name])
+    there = list_pictures(tmp_path / "train-{0000..0002}.tar")
+    assert there.keys == NAMES[:3]
+    assert there.where(2) == f"{tmp_path}/train-0002.tar: dog/a.png"
+    with pytest.raises(DataError, match=r"train-0003\.tar: not a readable tar file \(.*No such file"):
+        list_pictures([str(tmp_path / "train-{0001..0003}.tar")])
+    images.rename(tmp_path / "{1..2}")
+    assert len(list_pictures(tmp_path / "{1..2}")) == 6
 
 
 def test_a_picture_that_cannot_be_decoded_is_named(images):
@@ -519,6 +620,23 @@ def test_published_maps_are_read_like_ours(tmp_path):
     for key in ("../../x/y.JPEG", "p0.JPEG", "/n00/p0.JPEG"):
         with pytest.raises(LabelMapError, match=r"expected the path of a picture, as in n01440764/"):
             maps[key]
+
+
+def test_published_maps_are_not_listed_one_by_one(tmp_path, monkeypatch):
+    maps = {f"n{folder}/{place}": map_of(1) for folder in range(3) for place in range(4)}
+    root = release(tmp_path / "maps", maps)
+    (root / "a").mkdir()
+    opened = ReleaseMaps(root)
+    asked, is_file = [], Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: asked.append(path) or is_file(path))
+    opened.check(f"{name}.JPEG" for name in maps)
+    assert asked == []
+    with pytest.raises(LabelMapError, match=r"2 pictures have no map \(n1/x\.JPEG, z/x\.JPEG\)"):
+        opened.check(["n1/x.JPEG", "n1/0.JPEG", "z/x.JPEG"])
+    listed, glob = [], Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: listed.append((path, pattern)) or glob(path, pattern))
+    ReleaseMaps(root)
+    assert listed == [(root, "*"), (root / "a", "*.pt"), (root / "n0", "*.pt")]
 
 
 def map_of(index: float, score: float = 1.0, shape: tuple[int, ...] = (2, 5, 3, 3)) -> torch.Tensor:

@@ -21,7 +21,7 @@ from torchvision import tv_tensors
 
 from distillkit.data.class_transforms import Middle, View
 from distillkit.data.label_map import LabelMap
-from distillkit.data.picture_list import PICTURES, PictureList, list_pictures
+from distillkit.data.picture_list import PICTURES, PictureList, expanded, list_pictures
 from distillkit.data.problems import DataError, Problem
 from distillkit.data.scenes import Scenes
 from distillkit.data.transforms import generator_for
@@ -201,7 +201,7 @@ class TarPictures(ListedPictures):
     """
 
     def __init__(self, root: str | Path, files: str, classes: Sequence[str], **options: Any):
-        paths = sorted(Path(root).glob(files))
+        paths = sorted(path for pattern in expanded(files) for path in Path(root).glob(pattern))
         if not paths:
             raise DataError([Problem(f"{root}/{files}", "files", "none is there", "give data.root and a pattern")])
         pictures = list_pictures(paths)

@@ -22,11 +22,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, TypeVar
+from typing import Annotated, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -35,11 +37,15 @@ from torch import Tensor, nn
 
 from distillkit.data.picture_list import PictureList, list_pictures, stays_inside
 
+log = logging.getLogger("distillkit.data")
+
 Region = Literal["full", "center_square"]
 
 FORMAT: Literal["distillkit-label-maps"] = "distillkit-label-maps"
 VERSION = 1
 MANIFEST, JOB = "manifest.json", "job.json"
+#: left by a process that failed, for the others that work in the folder; the next call takes it away
+STOP = ".stop"
 #: a score is one of so many steps between the lowest and the highest of its picture
 STEPS = 255
 
@@ -88,13 +94,14 @@ class _Strict(BaseModel):
 
 
 class AnnotatorInfo(_Strict):
-    """Who made the maps: the model's name, where its weights came from, their ``weights_sha256``, and the precision it
-    ran in."""
+    """Who made the maps: the model's name, where its weights came from, their ``weights_sha256``, the precision it ran
+    in, and with what options it was built."""
 
     name: str
     weights: str
     sha256: _Sha256
     precision: str
+    options: dict[str, bool | int | float | str | list[int]] = {}
 
 
 class Preprocessing(_Strict):
@@ -145,11 +152,8 @@ class LabelInfo(_Strict):
     def differences(self, other: LabelInfo) -> list[str]:
         """What is another in ``other``, as text."""
         here, there = _flat(self.model_dump()), _flat(other.model_dump())
-        return [
-            f"{name}: {_short(here[name])} there, {_short(there[name])} now"
-            for name in here
-            if here[name] != there[name]
-        ]
+        both = [(name, here.get(name, "not given"), there.get(name, "not given")) for name in here | there]
+        return [f"{name}: {_short(old)} there, {_short(new)} now" for name, old, new in both if old != new]
 
 
 class _Header(_Strict):
@@ -225,27 +229,75 @@ class LabelWriter:
     def __init__(self, folder: str | Path, info: LabelInfo, pictures: PictureList):
         self.folder, self.info, self.pictures = Path(folder), info, pictures
 
-    def begin(self) -> None:
-        """Make the folder, or check that what it holds can be gone on with. Of several processes only one may.
+    def begin(self) -> list[int]:
+        """Make the folder, or check that what it holds can be gone on with: the shards that are to be made. Of several
+        processes only one may.
+
+        Of a finished folder all shards are read, and those that are damaged are to be made again. It is finished also
+        where pictures that could not be read were taken away since.
 
         Raises:
-            LabelMapError: it holds maps that were made in another way or of other pictures, or files that are no maps.
+            LabelMapError: it holds maps that were made in another way or of other pictures, or files that are no maps;
+                or it is damaged, and pictures that could not be read were taken away since.
         """
         manifest, job = self.folder / MANIFEST, self.folder / JOB
-        if manifest.is_file() or job.is_file():
-            there = _read(manifest, _Manifest).maps if manifest.is_file() else _read(job, _Header).maps
-            differing = there.differences(self.info)
-            if differing:
-                what = "; ".join(differing)
-                raise LabelMapError(f"{self.folder} holds maps that are not these ({what}): use another folder")
+        made = _read(manifest, _Manifest) if manifest.is_file() else None
+        if made is not None:
+            self._refuse(self._differences(made))
+        elif job.is_file():
+            self._refuse(_read(job, _Header).maps.differences(self.info))
         elif self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
             raise LabelMapError(f"{self.folder} holds files that are no label maps: use an empty folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in self.folder.glob(".*.part"):
-            unfinished.unlink()
-        if not (manifest.is_file() and all(map(self.finished, range(self.info.shards)))):
-            _replace(job, _json(_Header(maps=self.info)))
-            manifest.unlink(missing_ok=True)
+        for left in (*self.folder.glob(".*.part"), self.folder / STOP):
+            left.unlink(missing_ok=True)
+        if made is not None:
+            damaged = self._damaged(made)
+            if not damaged:
+                return []
+            self._discard(damaged, made)
+        _replace(job, _json(_Header(maps=self.info)))
+        manifest.unlink(missing_ok=True)
+        return [number for number in range(self.info.shards) if not self.finished(number)]
+
+    def _differences(self, made: _Manifest) -> list[str]:
+        """What is another in finished maps, as text; pictures by their names."""
+        of_these = {"pictures": self.info.pictures, "images_sha256": self.info.images_sha256}
+        differing = made.maps.model_copy(update=of_these).differences(self.info)
+        if made.maps.images_sha256 != self.info.images_sha256:
+            differing += _changes(made.parts, made.skipped, self.pictures).said(self.pictures)
+        return differing
+
+    def _refuse(self, differing: list[str]) -> None:
+        if differing:
+            what = "; ".join(differing)
+            raise LabelMapError(f"{self.folder} holds maps that are not these ({what}): use another folder")
+
+    def _damaged(self, made: _Manifest) -> list[Path]:
+        wanted = {part.file: part.sha256 for part in made.parts}
+        paths = [self.folder / shard_name(number) for number in range(made.maps.shards)]
+        return [path for path in paths if not path.is_file() or _sha256(path) != wanted.get(path.name)]
+
+    def _discard(self, damaged: list[Path], made: _Manifest) -> None:
+        names = some([path.name for path in damaged])
+        if made.maps != self.info:
+            raise LabelMapError(
+                f"{self.folder}: {names}: {LOST}, and cannot be made again without the pictures that were skipped "
+                f"({some(made.skipped)}): put these back, or label in another folder"
+            )
+        log.warning(f"{self.folder}: {names}: {LOST}, made again")
+        for path in damaged:
+            path.unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """Tell the other processes that work in the folder to stop."""
+        with suppress(OSError):  # the disk may be what failed
+            (self.folder / STOP).touch()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a process that works in the folder failed."""
+        return (self.folder / STOP).exists()
 
     def finished(self, number: int) -> bool:
         """Whether a shard is there, and whole."""
@@ -314,7 +366,7 @@ class LabelStore:
     """``store[key] -> (scores float32 (k, H, W), indices int64 (k, H, W))`` of label maps in a folder.
 
     Opening reads the manifest (about a kilobyte of memory for five pictures) and the sizes of the shards; a picture is
-    a slice of a memory map. Loader processes may share it: what they are sent is the path.
+    read at its place, and no file stays open. Loader processes may share it: what they are sent is the path.
 
     Args:
         folder: what `distillkit label` wrote.
@@ -337,7 +389,6 @@ class LabelStore:
         self._check_parts(manifest)
         self.skipped = frozenset(manifest.skipped)
         self._places = {key: place for place, key in enumerate(key for part in self._parts for key in part.keys)}
-        self._maps: dict[int, np.ndarray] = {}
 
     @property
     def keys(self) -> list[str]:
@@ -353,16 +404,22 @@ class LabelStore:
         if key not in self:
             raise LabelMapError(f"{self.folder}: {self._why_not(key)}")
         number, row = divmod(self._places[key], self.info.shard)
-        if number not in self._maps:
-            # a plain array over the map: numpy.memmap itself is slow to index
-            self._maps[number] = np.asarray(np.memmap(self._path(number), self.info.record, "r"))
-        record = self._maps[number][row]
+        record = self._record(number, row)
         scores, indices = decode(record)
         if indices.numpy().view(np.uint64).max() >= self.classes or not record["low"] <= record["high"]:
             raise LabelMapError(
                 f"{self._path(number)}: the map of {key} is no map of {self.classes} classes: {DAMAGED}"
             )
         return scores, indices
+
+    def _record(self, number: int, row: int) -> np.void:
+        path, length = self._path(number), self.info.record.itemsize
+        with path.open("rb", buffering=0) as file:
+            file.seek(row * length)
+            content = file.read(length)
+        if len(content) < length:
+            raise LabelMapError(f"{path}: ends before picture {row}: {DAMAGED}")
+        return np.frombuffer(content, self.info.record)[0]
 
     def __reduce__(self) -> tuple[type[LabelStore], tuple[Path]]:
         return type(self), (self.folder,)
@@ -376,8 +433,8 @@ class LabelStore:
         """Refuse maps that are not those that are wanted.
 
         Args:
-            pictures: a folder, or a ``list_pictures``: exactly these pictures must be mapped, and their files must be
-                as long as they were; or names, which must all have a map.
+            pictures: a folder, or a ``list_pictures``: exactly these pictures must be mapped (those that were skipped
+                may be gone), and their files must be as long as they were; or names, which must all have a map.
             annotator: the name of a model, its ``weights_sha256``, or the model itself.
             checksums: read all shards, too.
 
@@ -393,7 +450,7 @@ class LabelStore:
         if pictures is not None:
             self._check_mapped(pictures.keys if isinstance(pictures, PictureList) else pictures)
         for number, part in enumerate(self._parts if checksums else []):
-            if hashlib.sha256(self._path(number).read_bytes()).hexdigest() != part.sha256:
+            if _sha256(self._path(number)) != part.sha256:
                 raise LabelMapError(f"{self._path(number)}: the checksum is not that of {MANIFEST}: {DAMAGED}")
 
     def _manifest(self) -> _Manifest:
@@ -415,9 +472,9 @@ class LabelStore:
         expected = [(shard_name(number), len(self.info.rows(number))) for number in range(self.info.shards)]
         found = [(part.file, len(part.keys)) for part in self._parts]
         if found != expected or any(len(part.keys) != len(part.sizes) for part in self._parts):
-            raise LabelMapError(f"{path}: its shards are not those of {self.info.pictures} pictures: {DAMAGED}")
+            raise LabelMapError(f"{path}: its shards are not those of {self.info.pictures} pictures; {AGAIN}")
         if manifest.record != self.info.record.descr:
-            raise LabelMapError(f"{path}: the record is not that of its k, grid and classes: {DAMAGED}")
+            raise LabelMapError(f"{path}: the record is not that of its k, grid and classes; {AGAIN}")
         for number, (_, records) in enumerate(expected):
             file, length = self._path(number), records * self.info.record.itemsize
             if not file.is_file():
@@ -438,18 +495,10 @@ class LabelStore:
         """Of pictures that have no map ``_check_mapped`` tells."""
         if pictures.sha256 == self.info.images_sha256:
             return
-        sizes = dict(zip(pictures.keys, pictures.sizes, strict=True))
-        mine = {key: size for part in self._parts for key, size in zip(part.keys, part.sizes, strict=True)}
-        gone = [key for key in mine if key not in sizes]
-        changed = [key for key, size in mine.items() if sizes.get(key, size) != size]
-        where = ", ".join(map(str, pictures.sources[:3]))
-        if gone:
-            what = f"{len(gone)} of its pictures are not in {where} ({some(gone)})"
-        elif changed:
-            what = f"{len(changed)} pictures in {where} are not as long as they were ({some(changed)})"
-        else:
-            return
-        raise LabelMapError(f"{self.folder}: {what}: maps of other pictures; name the right ones, or label these")
+        changes = _changes(self._parts, self.skipped, pictures)._replace(new=())
+        if changes.said(pictures):
+            what = "; ".join(changes.said(pictures))
+            raise LabelMapError(f"{self.folder}: {what}: maps of other pictures; name the right ones, or label these")
 
     def _check_mapped(self, keys: Iterable[str]) -> None:
         without = [key for key in keys if key not in self]
@@ -468,18 +517,51 @@ class LabelStore:
         return self.folder / shard_name(number)
 
 
-DAMAGED = "damaged or exchanged; copy the maps again, or delete the file and call `distillkit label` again"
+class _Changes(NamedTuple):
+    """Pictures that were labelled and are gone, are of another length, or are new."""
+
+    gone: Sequence[str]
+    changed: Sequence[str]
+    new: Sequence[str]
+
+    def said(self, pictures: PictureList) -> list[str]:
+        where = ", ".join(map(str, pictures.sources[:3]))
+        lines = (
+            (self.gone, f"of its pictures are not in {where}"),
+            (self.changed, f"pictures in {where} are not as long as they were"),
+            (self.new, f"pictures in {where} are new"),
+        )
+        return [f"{len(keys)} {what} ({some(keys)})" for keys, what in lines if keys]
+
+
+def _changes(parts: Sequence[_Shard], without: Collection[str], pictures: PictureList) -> _Changes:
+    """From the pictures of a manifest to those that there are; those without a map may be gone."""
+    now = dict(zip(pictures.keys, pictures.sizes, strict=True))
+    then = {key: size for part in parts for key, size in zip(part.keys, part.sizes, strict=True)}
+    return _Changes(
+        sorted(then.keys() - now.keys() - set(without)),
+        [key for key, size in then.items() if now.get(key, size) != size],
+        [key for key in now if key not in then],
+    )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+LOST = "gone or damaged"
+DAMAGED = "damaged or exchanged; copy the maps again, or call `distillkit label` again, which makes this file anew"
+AGAIN = "copy it again, or label the pictures again in another folder"
 
 M = TypeVar("M", bound=_Header)
 
 
 def _read(path: Path, kind: type[M]) -> M:
     """A manifest or a job. Raises LabelMapError, naming the file."""
-    advice = "copy it again, or label the pictures again in another folder"
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise LabelMapError(f"{path}: not JSON ({error}); {advice}") from error
+        raise LabelMapError(f"{path}: not JSON ({error}); {AGAIN}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise LabelMapError(f"{path}: not written by distillkit (format is not {FORMAT!r}); name another folder")
     version = content.get("version")
@@ -490,7 +572,7 @@ def _read(path: Path, kind: type[M]) -> M:
     except ValidationError as error:
         first = error.errors()[0]
         at = ".".join(map(str, first["loc"]))
-        raise LabelMapError(f"{path}: {at}: {first['msg']}; {advice}") from error
+        raise LabelMapError(f"{path}: {at}: {first['msg']}; {AGAIN}") from error
 
 
 def _flat(value: dict[str, object], prefix: str = "") -> dict[str, object]:

@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,13 +85,15 @@ class _Picture(NamedTuple):
 def list_pictures(images: str | Path | Sequence[str | Path]) -> PictureList:
     """All pictures in a folder and the folders in it, or in uncompressed tar files, as webdataset has them.
 
-    Files are not opened, members of tar files not unpacked. Names that begin with a dot are left out.
+    Files are not opened, members of tar files not unpacked. Names that begin with a dot are left out. Tar files may be
+    named as webdataset does, see ``expanded``.
 
     Raises:
         DataError: names everything that is wrong: no pictures, empty files, names that lead out of the folder, members
             that are links, two of one name, tar files that are compressed or broken off.
     """
-    paths = [Path(images)] if isinstance(images, str | Path) else [Path(path) for path in images]
+    given = [images] if isinstance(images, str | Path) else images
+    paths = [Path(name) for path in given for name in ([path] if Path(path).exists() else expanded(str(path)))]
     problems: list[Problem] = []
     tars = len(paths) > 1 or (len(paths) == 1 and paths[0].is_file())
     found: list[_Picture] = []
@@ -107,6 +110,19 @@ def list_pictures(images: str | Path | Sequence[str | Path]) -> PictureList:
         raise DataError(problems)
     places = [picture.place for picture in found] if tars else []
     return PictureList(paths, [picture.key for picture in found], [picture.size for picture in found], places)
+
+
+def expanded(pattern: str) -> list[str]:
+    """Names with ranges of numbers in braces, written out: "train-{0008..0010}.tar" is train-0008.tar, train-0009.tar
+    and train-0010.tar. Numbers are as wide as the wider one of the range where that begins with a zero."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if found is None:
+        return [pattern]
+    first, last = found.groups()
+    width = max(len(first), len(last)) if any(re.match(r"0\d", end) for end in (first, last)) else 0
+    numbers = sorted((int(first), int(last)))
+    before, rests = pattern[: found.start()], expanded(pattern[found.end() :])
+    return [f"{before}{number:0{width}d}{rest}" for number in range(numbers[0], numbers[1] + 1) for rest in rests]
 
 
 def _in_folder(root: Path, problems: list[Problem], prefix: str = "", above: tuple[Path, ...] = ()) -> list[_Picture]:
@@ -150,7 +166,6 @@ def _in_tar(path: Path, number: int, problems: list[Problem]) -> Iterator[_Pictu
 
 def _wrong_names(found: list[_Picture], sources: list[Path]) -> Iterator[Problem]:
     """Of sorted pictures."""
-    before = None
     for picture in found:
         source = str(sources[picture.place[0]])
         if not stays_inside(picture.key):
@@ -158,10 +173,17 @@ def _wrong_names(found: list[_Picture], sources: list[Path]) -> Iterator[Problem
             yield Problem(source, repr(picture.key), what, "rename it")
         elif picture.size == 0:
             yield Problem(source, picture.key, "the file is empty", "copy it again or take it out")
-        if before is not None and before.key == picture.key:
-            other = str(sources[before.place[0]])
-            yield Problem(source, picture.key, f"a picture of this name is in {other}, too", "rename one of them")
-        before = picture
+    repeats = [(one, other) for one, other in pairwise(found) if one.key == other.key]
+    if repeats:
+        one, other = repeats[0]
+        what, remedy = f"a picture of this name is in {sources[one.place[0]]}, too", "rename one of them"
+        if len(repeats) > 1:
+            what += f" (and {len(repeats) - 1} more such names)"
+            remedy = (
+                "name each tar file once; where numbers start again in each, count on through all of them, or put the "
+                f"tar file's name in front, as in 0001/{other.key}"
+            )
+        yield Problem(str(sources[other.place[0]]), other.key, what, remedy)
 
 
 def _is_picture(name: str) -> bool:

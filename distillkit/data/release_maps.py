@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from distillkit.data.label_store import DAMAGED, LabelMapError, Region, some
+from distillkit.data.label_store import LabelMapError, Region, some
 from distillkit.data.picture_list import PictureList, stays_inside
 
 #: float16 holds every whole number up to this one
@@ -20,32 +21,37 @@ class ReleaseMaps:
 
     A file ``<root>/<class folder>/<stem>.pt`` holds one tensor (2, k, H, W) float16: scores, then class indices. The
     stem is what stands before the first dot of the picture's name, and of a picture's path only the last two parts are
-    looked at. The format says nothing of annotator and pictures.
+    looked at. The maps cover the centre square of their pictures. The format says nothing of annotator and pictures.
 
     Args:
         root: the folder of the class folders.
         classes: of the annotator; at most 2049, as float16 holds no larger index for certain.
-        region: what the maps cover of their pictures. The published ones cover the centre square, and the published
-            training reads them as if it were the full picture.
 
     Raises:
         LabelMapError: no maps there, or too many classes; from ``maps[key]``, a file that is not such a map.
 
-    Attributes: classes, k, grid as ``LabelMaps``; k and grid are the first map's, and all must have them.
+    Attributes: classes, k, grid, region as ``LabelMaps``; k and grid are the first map's, and all must have them.
     """
 
-    def __init__(self, root: str | Path, classes: int = 1000, region: Region = "center_square"):
-        self.root, self.classes, self.region = Path(root), classes, region
+    region: Region = "center_square"
+
+    def __init__(self, root: str | Path, classes: int = 1000):
+        self.root, self.classes = Path(root), classes
         if classes > EXACT + 1:
             raise LabelMapError(
                 f"{root}: {classes} classes, but indices in float16 are wrong above {EXACT}: label the pictures anew, "
                 "with `distillkit label`"
             )
-        first = next(iter(sorted(self.root.glob("*/*.pt"))), None)
+        first = self._first()
         if first is None:
             raise LabelMapError(f"{root}: no <class>/<picture>.pt in it: name the folder of the class folders")
         shape = read_release_map(first, classes)[0].shape
         self.k, self.grid = shape[0], (shape[1], shape[2])
+
+    def _first(self) -> Path | None:
+        """A map, by listing no more than it takes: there may be more than a million."""
+        folders = sorted(filter(Path.is_dir, self.root.glob("*")))
+        return next((path for folder in folders for path in sorted(folder.glob("*.pt"))), None)
 
     @property
     def keys(self) -> list[str]:
@@ -62,7 +68,8 @@ class ReleaseMaps:
         path = self._path(key)
         scores, indices = read_release_map(path, self.classes)
         if scores.shape != (self.k, *self.grid):
-            raise LabelMapError(f"{path}: {tuple(scores.shape)}, other maps here are {(self.k, *self.grid)}: {DAMAGED}")
+            shape, others = tuple(scores.shape), (self.k, *self.grid)
+            raise LabelMapError(f"{path}: {shape}, other maps here are {others}: copy the maps again")
         return scores, indices
 
     def check(self, pictures: PictureList | Iterable[str]) -> None:
@@ -76,7 +83,9 @@ class ReleaseMaps:
                     f"{self._path(key)}: the map of {other} and of {key}, as names end at the first dot: rename the "
                     "pictures and label them anew, with `distillkit label`"
                 )
-        without = [key for key in keys if key not in self]
+        # each folder is listed once: asking for each of a million files takes minutes on a network disk
+        there = {folder: set(os.listdir(folder)) for folder in {path.parent for path in seen} if folder.is_dir()}
+        without = [key for path, key in seen.items() if path.name not in there.get(path.parent, ())]
         if without:
             raise LabelMapError(f"{self.root}: {len(without)} pictures have no map ({some(without)})")
 

