@@ -159,5 +159,5 @@ def plot_similarity(models: Mapping[str, AttentionSimilarity], value: Literal["m
     axis.set_ylim(top=1.02)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     return figure
