@@ -37,9 +37,13 @@ from distillkit.training.run import Jobs
 
 RESULTS = Path(__file__).parent / "results"
 #: scores whose difference to the first row is shown, by the task's first score
-PAIRED = {"AP": ("AP", "AP75"), "top1": ("top1",)}
+PAIRED = {"AP": ("AP", "AP75"), "top1": ("top1",), "miou": ("miou", "boundary_iou")}
 #: tables of each class: title, key of a line, key in the scores of a class
-OF_CLASS = {"AP": (("AP", "classes", "ap"), ("AP50", "classes50", "ap50")), "top1": (("Recall", "classes", "recall"),)}
+OF_CLASS = {
+    "AP": (("AP", "classes", "ap"), ("AP50", "classes50", "ap50")),
+    "top1": (("Recall", "classes", "recall"),),
+    "miou": (("IoU", "classes", "iou"), ("Boundary IoU", "boundaries", "boundary_iou")),
+}
 #: steps at the end of a training over which its losses are averaged
 LAST = 50
 
@@ -118,7 +122,7 @@ class Bench:
         """Both tables of the cells that are there: teachers first, then the rows against the first of them."""
         rows = {row.row: self._of(row) for row in self.recipe.compare}
         first, reference = next(iter(rows.items()))
-        scores, paired = self.recipe.SCORES, PAIRED[self.recipe.SCORES[0]]
+        scores, paired = self.recipe.scores, PAIRED[self.recipe.SCORES[0]]
         shown = {name: lines for name, lines in (self._teacher_lines() | rows).items() if lines}
         if not shown:
             return
@@ -177,11 +181,13 @@ def teacher_cell(recipe: Recipe) -> str:
 
 def _common(recipe: Recipe) -> list[Any]:
     """What all cells of a recipe have in common."""
-    smoothing = getattr(recipe, "smoothing", 0.0)
+    smoothing, loss = getattr(recipe, "smoothing", 0.0), getattr(recipe, "loss", None)
+    changed_loss = _changed(loss) if loss is not None else {}
     return [
         _changed(recipe.data, {"root", "workers"}),  # the same data elsewhere are the same
         _changed(recipe.evaluate),
         *([smoothing] if smoothing else []),
+        *([changed_loss] if changed_loss else []),
     ]
 
 
@@ -200,7 +206,7 @@ def measured(jobs: Jobs, name: str) -> dict[str, Any]:
     scores = checkpoint.read_json(folder / f"scores-{jobs.recipe.evaluate.split}.json")
     made_with, first = versions(jobs.recipe), jobs.recipe.SCORES[0]
     return {
-        **{score: row[score] for score in jobs.recipe.SCORES},
+        **{score: row[score] for score in jobs.recipe.scores},
         **{key: {of: n[score] for of, n in scores["classes"].items()} for _, key, score in OF_CLASS[first]},
         "parameters": row["parameters"],
         "minutes": row["minutes"],
@@ -229,7 +235,9 @@ def _overall(lines: list[dict[str, Any]], first: list[dict[str, Any]], scores: S
 
 
 def _by_class(lines: list[dict[str, Any]], key: str, classes: list[str]) -> list[str]:
-    return [_spread([line[key][name] for line in lines]) for name in classes]
+    """ "-" for a class that there is nothing to say of."""
+    known = [[line[key][name] for line in lines if line[key][name] >= 0] for name in classes]
+    return [_spread(values) if values else "-" for values in known]
 
 
 def _ratios(lines: list[dict[str, Any]]) -> str:

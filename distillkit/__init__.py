@@ -15,6 +15,7 @@ _WHERE = {
     "wrap": "distillkit.api",
     "Teacher": "distillkit.core.teacher",
     "EMATeacher": "distillkit.core.teacher",
+    "OnlineTeacher": "distillkit.core.teacher",
     "Weight": "distillkit.core.schedule",
     "Distiller": "distillkit.core.distiller",
     "Losses": "distillkit.core.result",
@@ -22,9 +23,12 @@ _WHERE = {
     "Features": "distillkit.core.views",
     "DenseDetections": "distillkit.core.views",
     "TokenLogits": "distillkit.core.views",
+    "PixelLogits": "distillkit.core.views",
+    "ActivationMaps": "distillkit.core.views",
     "BoxTargets": "distillkit.core.views",
     "Adapter": "distillkit.core.adapter",
     "DistributionHead": "distillkit.adapters.distribution_head",
+    "Segmenter": "distillkit.adapters.segmenter",
     "LD": "distillkit.distillers.ld",
     "LogitKD": "distillkit.distillers.logit_kd",
     "FeatureImitation": "distillkit.distillers.feature_imitation",
@@ -35,6 +39,10 @@ _WHERE = {
     "AttentionTransfer": "distillkit.distillers.attention_transfer",
     "RelationalKD": "distillkit.distillers.relational_kd",
     "TokenLabeling": "distillkit.distillers.token_labeling",
+    "ChannelKD": "distillkit.distillers.channel_kd",
+    "PairwiseKD": "distillkit.distillers.pairwise_kd",
+    "PixelKD": "distillkit.distillers.pixel_kd",
+    "LocalToGlobal": "distillkit.distillers.local_to_global",
     "LabelMap": "distillkit.data.label_map",
     "Main": "distillkit.boxes.regions",
     "Valuable": "distillkit.boxes.regions",
@@ -47,22 +55,35 @@ __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
     from distillkit.adapters.distribution_head import DistributionHead
+    from distillkit.adapters.segmenter import Segmenter
     from distillkit.api import wrap
     from distillkit.boxes.regions import Main, MainAndValuable, Valuable
     from distillkit.core.adapter import Adapter
     from distillkit.core.distiller import Distiller
     from distillkit.core.result import Losses
     from distillkit.core.schedule import Weight
-    from distillkit.core.teacher import EMATeacher, Teacher
-    from distillkit.core.views import BoxTargets, ClassLogits, DenseDetections, Features, TokenLogits
+    from distillkit.core.teacher import EMATeacher, OnlineTeacher, Teacher
+    from distillkit.core.views import (
+        ActivationMaps,
+        BoxTargets,
+        ClassLogits,
+        DenseDetections,
+        Features,
+        PixelLogits,
+        TokenLogits,
+    )
     from distillkit.data.label_map import LabelMap
     from distillkit.distillers.attention_transfer import AttentionTransfer
+    from distillkit.distillers.channel_kd import ChannelKD
     from distillkit.distillers.dist import DIST
     from distillkit.distillers.dkd import DKD
     from distillkit.distillers.feature_imitation import FeatureImitation
     from distillkit.distillers.hard_token import HardToken
     from distillkit.distillers.ld import LD
+    from distillkit.distillers.local_to_global import LocalToGlobal
     from distillkit.distillers.logit_kd import LogitKD
+    from distillkit.distillers.pairwise_kd import PairwiseKD
+    from distillkit.distillers.pixel_kd import PixelKD
     from distillkit.distillers.relational_kd import RelationalKD
     from distillkit.distillers.self_ld import SelfLD
     from distillkit.distillers.token_labeling import TokenLabeling

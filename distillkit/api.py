@@ -12,10 +12,10 @@ from distillkit.adapters import adapter_for
 from distillkit.core.adapter import Adapter
 from distillkit.core.distiller import Distiller
 from distillkit.core.errors import WrapError
-from distillkit.core.teacher import EMATeacher, Teacher
+from distillkit.core.teacher import EMATeacher, OnlineTeacher, Teacher
 from distillkit.core.wrap import DistilledModel
 
-TeacherLike = nn.Module | Teacher | EMATeacher
+TeacherLike = nn.Module | Teacher | EMATeacher | OnlineTeacher
 
 
 def wrap(
@@ -29,8 +29,8 @@ def wrap(
 
     Args:
         student: any model. Its class, forward and ``state_dict`` stay as they are.
-        teacher: a trained model, a ``Teacher`` with options, an ``EMATeacher``, or several by name; None if every
-            distiller brings its own (``SelfLD``).
+        teacher: a trained model, a ``Teacher`` with options, an ``EMATeacher``, an ``OnlineTeacher``, or several by
+            name; None if every distiller brings its own (``SelfLD``, ``LocalToGlobal``).
         distillers: what to learn, e.g. ``[LogitKD(temperature=4)]``. Each learns from the teacher it names, or the only
             one.
         criterion: ``criterion(student output, targets) -> loss or dict of losses``, for a student that takes no targets
@@ -76,13 +76,13 @@ def wrap(
     )
 
 
-def _as_teacher(name: str, teacher: TeacherLike, fallback: Adapter | None) -> Teacher | EMATeacher:
+def _as_teacher(name: str, teacher: TeacherLike, fallback: Adapter | None) -> Teacher | EMATeacher | OnlineTeacher:
     """A teacher that has its adapter: its own, its family's, or ``fallback``."""
     if isinstance(teacher, nn.Module):
         teacher = Teacher(teacher)
-    if not isinstance(teacher, Teacher | EMATeacher):
+    if not isinstance(teacher, Teacher | EMATeacher | OnlineTeacher):
         raise WrapError(f"teacher {name!r}: expected a torch.nn.Module or a Teacher, got {type(teacher).__name__}")
-    if isinstance(teacher, Teacher) and teacher.adapter is None:
+    if isinstance(teacher, Teacher | OnlineTeacher) and teacher.adapter is None:
         teacher = copy.copy(teacher)  # the caller's may teach another student, with another adapter
         teacher.adapter = adapter_for(teacher.model, fallback)
     return teacher

@@ -30,7 +30,7 @@ from distillkit.training.errors import Interrupted
 
 if TYPE_CHECKING:
     from distillkit.schema import Recipe
-    from distillkit.training.evaluate import Result
+    from distillkit.training.tasks import Result
 
 app = typer.Typer(
     name="distillkit",
@@ -91,7 +91,7 @@ def _version(wanted: bool) -> None:
 def distillkit(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
 ) -> None:
-    """Knowledge distillation for detectors and classifiers you already have.
+    """Knowledge distillation for detectors, classifiers and segmentation models you already have.
 
     Start with: distillkit run quickstart
     """
@@ -212,7 +212,7 @@ def evaluate(
     imports: Imports = None,
     debug: Debug = False,
 ) -> None:
-    """Score a model of a recipe: the 12 numbers of COCO, or those of DOTA for rotated boxes, and every class.
+    """Score a model of a recipe: the 12 numbers of COCO, or those of its task, and every class.
 
     Examples:
       distillkit eval ld_coco_mini --model teacher --split test
@@ -245,15 +245,21 @@ def predict(
         Literal["Task1", "Task2"] | None,
         typer.Option("--submission", help="Write the files of this task of DOTA, and their archive, too."),
     ] = None,
+    saliency: Annotated[
+        bool, typer.Option("--saliency", help="Of segmentation: write maps of what is no background, too.")
+    ] = False,
     imports: Imports = None,
     debug: Debug = False,
 ) -> None:
     """Find objects in pictures: draws them, and writes predictions.json in COCO's result format.
 
+    Of a classifier predictions.json has the likeliest classes; of a segmentation model masks are written, too.
+
     Examples:
       distillkit predict my.yaml photo.jpg --weights distilled
       distillkit predict my.yaml photos/ --weights best.safetensors --out found --set evaluate.score=0.3
       distillkit predict ld_dota dota/test/images --weights distilled --submission Task1
+      distillkit predict my_masks.yaml photos/ --weights distilled --saliency
     """
     with _plainly(debug):
         for path in images:
@@ -263,7 +269,7 @@ def predict(
         from distillkit.training.predict import predict as find
 
         with _bar() as bar:
-            find(loaded, weights, images, folder, submission, _shown_on(bar))
+            find(loaded, weights, images, folder, submission, _shown_on(bar), saliency)
         _say(out, f"pictures and predictions.json are in {folder}")
 
 

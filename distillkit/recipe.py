@@ -133,7 +133,7 @@ def _is_unnamed_distiller(node: Node) -> bool:
 
 def _named(node: Node, kinds: list[str]) -> Node:
     kind = node.value["kind"].value
-    default = "whole" if kind == "feature-imitation" else "main"
+    default = "whole" if kind in ("feature-imitation", "pixel-kd") else "main"
     name = f"{kind}-{node.plain().get('region', default)}" if kinds.count(kind) > 1 else kind
     name = name.replace("-", "_").replace("+", "_and_")
     return replace(node, value={**node.value, "name": Node(name, node.place)})
@@ -146,6 +146,10 @@ def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 # -- what the schema cannot say ---------------------------------------------------------------------------------------
+
+
+#: kinds of data whose test split may be left out
+FROM_FILES = ("coco", "voc", "dota", "hrsc", "image-folder", "webdataset", "voc-masks", "coco-semantic")
 
 
 def _wrong_task(raw: dict[str, Any]) -> Iterator[Wrong]:
@@ -184,13 +188,13 @@ def _wrong_together(raw: dict[str, Any]) -> Iterator[Wrong]:
     yield from _wrong_rows(raw)
     if _at(raw, "evaluate", "submission") and _at(raw, "data", "kind") != "dota":
         yield ("evaluate", "submission"), "names pictures as DOTA does, and is for data of kind dota; leave it out"
-    if raw.get("task") == "classification":
-        yield from _wrong_classifying(raw)
+    if of_task := {"classification": _wrong_classifying, "segmentation": _wrong_segmenting}.get(raw.get("task", "")):
+        yield from of_task(raw)
     if raw.get("task", "detection") != "rotated-detection":
         for i, distiller in _mappings(raw.get("distillers")):
             if distiller.get("overlap", "rotated") != "rotated":
                 yield ("distillers", i, "overlap"), "is for rotated objects (task: rotated-detection); leave it out"
-    from_files = _at(raw, "data", "kind") in ("coco", "voc", "dota", "hrsc", "image-folder", "webdataset")
+    from_files = _at(raw, "data", "kind") in FROM_FILES
     if from_files and _at(raw, "evaluate", "split") == "test" and _at(raw, "data", "test") is None:
         yield ("evaluate", "split"), "is test, but data.test is not given"
 
@@ -212,6 +216,17 @@ def _wrong_classifying(raw: dict[str, Any]) -> Iterator[Wrong]:
         if mixed and kind in ("token-labeling", "dkd"):
             why = "mixes tokens instead" if kind == "token-labeling" else "needs the one true class of a picture"
             yield ("data", "augment", mixed[0]), f"mixes pictures, and {kind} {why}; leave {mixed[0]} out"
+
+
+def _wrong_segmenting(raw: dict[str, Any]) -> Iterator[Wrong]:
+    for i, distiller in _mappings(raw.get("distillers")):
+        if distiller.get("kind") != "feature-imitation":
+            continue
+        if distiller.get("region", "whole") != "whole":
+            yield ("distillers", i, "region"), "is for detectors; of a segmentation model's maps the whole is imitated"
+        for side in ("student_at", "teacher_at"):
+            if distiller.get(side) is None:
+                yield ("distillers", i), f"{side} {MISSING}: name the maps, as in backbone.layer4"
 
 
 def _wrong_distillers(raw: dict[str, Any]) -> Iterator[Wrong]:
@@ -262,7 +277,7 @@ def _wrong_rows(raw: dict[str, Any]) -> Iterator[Wrong]:
 
 def is_untrained(model: dict[str, Any]) -> bool:
     """Whether a block of a model, as it is written, comes with random weights. Of a custom one that cannot be told."""
-    built = model.get("kind") in ("gfl", "rotated-gfl", "rotated-retina")
+    built = model.get("kind") in ("gfl", "rotated-gfl", "rotated-retina", "deeplab", "fanet")
     built = built or (model.get("kind") == "timm" and not model.get("pretrained"))
     return (built or model.get("weights") in ("new-head", "none")) and model.get("checkpoint") is None
 

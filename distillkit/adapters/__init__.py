@@ -22,11 +22,16 @@ def adapter_for(model: nn.Module, fallback: Adapter | None = None) -> Adapter:
     own = getattr(model, _OWN, None)
     if own is not None:
         return own
+    from distillkit.models.cam import CamClassifier
     from distillkit.models.gfl import GFL
     from distillkit.models.nanodet import NanoDet
     from distillkit.models.rotated_gfl import RotatedGFL
     from distillkit.models.rotated_retina import RotatedRetina
 
+    if isinstance(model, CamClassifier):
+        from distillkit.adapters.cam import CamAdapter
+
+        return CamAdapter(background=model.background)
     if isinstance(model, GFL):
         from distillkit.adapters.gfl import gfl
 
@@ -43,6 +48,10 @@ def adapter_for(model: nn.Module, fallback: Adapter | None = None) -> Adapter:
         from distillkit.adapters.rotated_retina import rotated_retina
 
         return rotated_retina(model)
+    from distillkit.adapters.segmenter import Segmenter, is_segmenter
+
+    if is_segmenter(model):
+        return Segmenter()
     if fallback is None:
         from distillkit.adapters.classifier import Classifier, is_classifier
 

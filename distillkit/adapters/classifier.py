@@ -1,4 +1,5 @@
-"""timm's classifiers, and models built like them: class logits, and the logits of every token.
+"""timm's classifiers, and models built like them: class logits, and the logits of every token, which are their class
+activation maps, too.
 
 A classifier of timm is ``forward_head(forward_features(x))``. Its head, given one token alone, as a map of 1 x 1 cells
 or a sequence of length one, pools nothing and says what that token is: so any of these models has token logits, without
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from distillkit.core.adapter import Adapter
-from distillkit.core.errors import AdapterError
+from distillkit.core.errors import AdapterError, ViewError
 from distillkit.core.taps import Place
-from distillkit.core.views import TokenLogits, View
+from distillkit.core.views import ActivationMaps, TokenLogits, View
 
 
 @dataclass(frozen=True)
@@ -99,20 +100,32 @@ class Classifier(Adapter):
     """
 
     def places(self, model: nn.Module, kind: type[View], at: tuple[str, ...] | None) -> tuple[Place, ...]:
-        if kind is not TokenLogits:
+        if kind not in (TokenLogits, ActivationMaps):
             return super().places(model, kind, at)
+        if kind is ActivationMaps and at:
+            raise ViewError(
+                f"the activation maps of {type(model).__name__} are what its own head says of every place, so no path "
+                f"is needed; for a layer {at[0]!r} that returns maps (B, K, h, w) itself, pass adapter="
+                f"distillkit.adapters.cam.CamAdapter({at[0]!r})"
+            )
         layout = layout_of(model)
-        return (Place(("head", "aux_head")),) if layout.aux else (Place((layout.features,)),)
+        if not layout.aux:
+            return (Place((layout.features,)),)
+        return (Place(("head", "aux_head") if kind is TokenLogits else ("aux_head",)),)
 
     def view(self, model: nn.Module, kind: type[View], tensors: list[Tensor], output: Any) -> View:
-        if kind is not TokenLogits:
+        if kind not in (TokenLogits, ActivationMaps):
             return super().view(model, kind, tensors, output)
         layout = layout_of(model)
         if layout.aux:
-            classes, tokens = tensors
-            return TokenLogits(classes, tokens, layout.grid_of(tokens.shape[1]))
-        tokens, grid = token_logits(model, layout, tensors[0])
-        return TokenLogits(output if isinstance(output, Tensor) else None, tokens, grid)
+            tokens = tensors[-1]
+            grid = layout.grid_of(tokens.shape[1])
+        else:
+            tokens, grid = token_logits(model, layout, tensors[0])
+        if kind is ActivationMaps:
+            return ActivationMaps(tokens.transpose(1, 2).unflatten(2, grid), background=False)
+        classes = tensors[0] if layout.aux else output
+        return TokenLogits(classes if isinstance(classes, Tensor) else None, tokens, grid)
 
 
 @dataclass(frozen=True)

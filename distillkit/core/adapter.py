@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distillkit.core.errors import ViewError
 from distillkit.core.taps import Place, channel_ranges, module_name
-from distillkit.core.views import ClassLogits, Features, View
+from distillkit.core.views import ActivationMaps, ClassLogits, Features, View
 
 Norm = tuple[tuple[float, ...], tuple[float, ...]]
 TARGETS = ("targets", "labels")  # what targets are called where they are given by name
@@ -37,16 +37,22 @@ class Adapter:
         """
         if kind is ClassLogits:
             return (Place(at),) if at else ()
-        if kind is Features and at:
+        if kind in (Features, ActivationMaps) and at:
             return (Place(at),)
         if kind is Features:
             raise ViewError(
                 f"{type(model).__name__}: say where its features are read, as in student_at='layer4' for "
                 "the student, or teacher_at='layer4' for a teacher"
             )
+        if kind is ActivationMaps:
+            raise ViewError(
+                f"{type(model).__name__}: say which module returns its class activation maps (B, classes, h, w), as in "
+                "student_at='maps' (for the local network local_at=)"
+            )
         raise ViewError(
             f"{type(self).__name__} finds no {kind.__name__} in {type(model).__name__}; pass adapter=, "
-            "e.g. distillkit.DistributionHead(...) for a dense detector (a model of kind: custom in a recipe: let its "
+            "e.g. distillkit.DistributionHead(...) for a dense detector, or distillkit.Segmenter() for a segmentation "
+            "model (a model of kind: custom in a recipe: let its "
             "registered builder return (model, adapter))"
         )
 
@@ -54,6 +60,8 @@ class Adapter:
         """The view, from the tapped tensors in the order of the places' paths, or from the model's output."""
         if kind is Features:
             return Features(tuple(tensors))
+        if kind is ActivationMaps:
+            return activation_maps_in(tensors[0], _logits(output, type(model).__name__))
         return ClassLogits(tensors[0] if tensors else _logits(output, type(model).__name__))
 
     def losses(self, output: Any) -> dict[str, Tensor]:
@@ -110,6 +118,20 @@ class Adapter:
 
     def needs_proof(self, kind: type[View]) -> bool:
         return False
+
+
+def activation_maps_in(maps: Tensor, logits: Tensor) -> ActivationMaps:
+    """Maps (B, K, h, w) of a classifier with logits (B, C): K is C, or C + 1 with a background channel at the end.
+
+    Raises ViewError for anything else.
+    """
+    classes = logits.shape[1]
+    if maps.dim() != 4 or maps.shape[1] not in (classes, classes + 1):
+        raise ViewError(
+            f"expected class activation maps (B, {classes}, h, w), or {classes + 1} channels with the background last, got "
+            f"{tuple(maps.shape)}: name the layer that has a channel for each class"
+        )
+    return ActivationMaps(maps, background=maps.shape[1] > classes)
 
 
 def _losses(entries: Mapping[str, Any]) -> dict[str, Tensor]:

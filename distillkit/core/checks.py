@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from distillkit.core.distiller import Distiller
 from distillkit.core.errors import UnreachedStudentError, WrapError
 from distillkit.core.taps import is_tapped
-from distillkit.core.teacher import EMATeacher, Teacher
+from distillkit.core.teacher import EMATeacher, OnlineTeacher, Teacher
 
 # ---- before a first step
 
 
-def refuse(student: nn.Module, teachers: Mapping[str, Teacher | EMATeacher]) -> None:
+def refuse(student: nn.Module, teachers: Mapping[str, Teacher | EMATeacher | OnlineTeacher]) -> None:
     """Raise WrapError for a student whose taps would be ignored, or would be another wrapper's."""
     if isinstance(student, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise WrapError(
@@ -35,11 +35,24 @@ def refuse(student: nn.Module, teachers: Mapping[str, Teacher | EMATeacher]) -> 
                 "distillers to one wrap(), or wrap a copy (copy.deepcopy)"
             )
     for name, teacher in teachers.items():
-        if isinstance(teacher, Teacher) and teacher.model is student:
+        if isinstance(teacher, Teacher | OnlineTeacher) and teacher.model is student:
             raise WrapError(
                 f"teacher {name!r} is the student itself: give a copy of it (copy.deepcopy), or EMATeacher() for its "
                 "running average"
             )
+        if isinstance(teacher, OnlineTeacher):
+            _refuse_shared(student, name, teacher.model)
+
+
+def _refuse_shared(student: nn.Module, name: str, teacher: nn.Module) -> None:
+    """Raise WrapError where a teacher that is trained, too, holds weights of the student."""
+    shared = {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}
+    if shared:
+        which = next(path for path, p in teacher.named_parameters() if id(p) in shared)
+        raise WrapError(
+            f"teacher {name!r} is trained in the same step and shares weights with the student ({which}): their losses "
+            "would mix; give it weights of its own (copy.deepcopy)"
+        )
 
 
 def key_of(name: str) -> str:
@@ -138,15 +151,16 @@ def refuse_sharded_averages(model: nn.Module) -> None:
         )
 
 
-def check_reaches(name: str, loss: Any, distiller: Distiller, call: Any) -> None:
+def check_reaches(name: str, loss: Any, distiller: Distiller, others: Iterable[Tensor]) -> None:
     """Once: a loss whose graph ends at no parameter of the student would train nothing, without a word.
 
-    The distiller's own parameters do not count, nor tensors of the ``call`` that require a gradient. What else the
-    graph ends at is the student's: under FSDP2 not the parameters themselves, so they cannot be looked for.
+    The distiller's own parameters do not count, nor ``others``: what of the call requires a gradient, and teachers that
+    are trained too. What else the graph ends at is the student's: under FSDP2 not the parameters themselves, so they
+    cannot be looked for.
     """
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         raise UnreachedStudentError(f"distiller {name!r} must return a scalar tensor, got {_described(loss)}")
-    others = {id(tensor) for tensor in (*distiller.parameters(), *_tensors(call))}
+    ignored = {id(tensor) for tensor in (*distiller.parameters(), *others)}
     seen, todo = set(), [loss.grad_fn]
     while todo:
         node = todo.pop()
@@ -154,7 +168,7 @@ def check_reaches(name: str, loss: Any, distiller: Distiller, call: Any) -> None
             continue
         seen.add(node)
         variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in others:
+        if variable is not None and id(variable) not in ignored:
             return
         todo += [following for following, _ in node.next_functions]
     raise UnreachedStudentError(
@@ -164,14 +178,14 @@ def check_reaches(name: str, loss: Any, distiller: Distiller, call: Any) -> None
     )
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
+        yield from tensors_in(list(value.values()))
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors_in(part)
 
 
 def _described(value: Any) -> str:

@@ -1,4 +1,5 @@
-"""Teachers: frozen models that are run without gradient, outside the module tree of what is trained."""
+"""Teachers: frozen models that are run without gradient, outside the module tree of what is trained; the student's own
+running average; and models that are trained in the same step, inside it."""
 
 from __future__ import annotations
 
@@ -129,6 +130,33 @@ class EMATeacher:
         if not 0 <= decay < 1:
             raise WrapError(f"decay of an EMA teacher must be in [0, 1), got {decay}")
         self.decay = decay
+
+
+class OnlineTeacher:
+    """A teacher that learns in the same step as the student: a registered child of the wrapped model, so that it is
+    optimised, reduced over ranks and saved with it, and never part of the student.
+
+    Distillers get its views with their graph: one that is not to change the teacher detaches them.
+
+    Args:
+        model: the network; it is put in train mode with the wrapper.
+        criterion: ``criterion(its output, targets) -> loss``, what it learns from; the loss bears the teacher's name.
+        feed: what it is fed, as in ``Teacher``.
+        targets: what its criterion gets, a function of the call's targets; these themselves unless given.
+        adapter: as in ``Teacher``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[[Any, Any], Tensor],
+        feed: Feed | None = None,
+        targets: Callable[[Any], Any] | None = None,
+        adapter: Adapter | None = None,
+    ):
+        self.model, self.criterion, self.adapter = model, criterion, adapter
+        self.feed: Feed = feed or (lambda args, kwargs: (args, kwargs))
+        self.targets = targets or (lambda targets: targets)
 
 
 @torch.no_grad()

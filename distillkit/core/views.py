@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from distillkit.boxes.distribution import shift_bins
 from distillkit.boxes.maps import Maps, Where
@@ -79,6 +80,43 @@ class TokenLogits(View):
                 "the same classes in the same order"
             )
         return self
+
+
+@dataclass(frozen=True)
+class PixelLogits(View):
+    """logits: (B, C, h, w), of every pixel, or of every cell of a coarser map, before the softmax."""
+
+    logits: Tensor
+
+    def match(self, student: PixelLogits) -> PixelLogits:
+        """The teacher's at the student's size: interpolated (bilinear, corners not aligned) where they differ."""
+        if self.logits.shape[1] != student.logits.shape[1]:
+            raise ValueError(
+                f"the teacher has {self.logits.shape[1]} classes, the student {student.logits.shape[1]}; both need "
+                "the same classes in the same order"
+            )
+        size = student.logits.shape[2:]
+        if self.logits.shape[2:] == size:
+            return self
+        return PixelLogits(interpolate(self.logits, size=size, mode="bilinear", align_corners=False))
+
+
+@dataclass(frozen=True)
+class ActivationMaps(View):
+    """Class logits of every cell of a classifier's last map: class activation maps before the ReLU.
+
+    Args:
+        maps: (B, K, h, w): the C foreground classes and, where ``background``, one more channel, the last.
+        background: whether the last channel is the background's.
+    """
+
+    maps: Tensor
+    background: bool
+
+    @property
+    def classes(self) -> int:
+        """C, without the background."""
+        return self.maps.shape[1] - self.background
 
 
 @dataclass(frozen=True)

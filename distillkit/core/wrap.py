@@ -28,13 +28,14 @@ from distillkit.core.checks import (
     refuse_sharded_averages,
     scalar_loss,
     teachers_by_distiller,
+    tensors_in,
 )
 from distillkit.core.distiller import Distiller
 from distillkit.core.errors import NonFiniteLossError, StudentModeError, ViewError, WrapError
 from distillkit.core.result import OUTPUT, Losses
 from distillkit.core.side import Reading, Side, prepare, readings
 from distillkit.core.taps import Changes, Taps
-from distillkit.core.teacher import EMATeacher, Teacher, renormalisation, update_average
+from distillkit.core.teacher import EMATeacher, OnlineTeacher, Teacher, renormalisation, update_average
 from distillkit.core.views import View
 from distillkit.losses.reduce import mean_over_ranks
 
@@ -57,7 +58,7 @@ class DistilledModel(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teachers: Mapping[str, Teacher | EMATeacher],
+        teachers: Mapping[str, Teacher | EMATeacher | OnlineTeacher],
         distillers: Sequence[Distiller],
         criterion: Callable[[Any, Any], Any] | None,
         adapter: Adapter,
@@ -66,7 +67,8 @@ class DistilledModel(nn.Module):
         super().__init__()
         _claim(student)
         refuse(student, teachers)
-        check_distinct("losses", [OUTPUT, *(d.name for d in distillers)])
+        online = [name for name, t in teachers.items() if isinstance(t, OnlineTeacher)]
+        check_distinct("losses", [OUTPUT, *online, *(d.name for d in distillers)])
         check_distinct("teachers", teachers)
         self._named = [(d.name, d) for d in distillers]
         self._uses = teachers_by_distiller(distillers, teachers, default_teacher)
@@ -74,6 +76,7 @@ class DistilledModel(nn.Module):
         # else the wrapper is called with the targets last, and keeps them from the student
         self._student_takes_targets = criterion is None and not any(d.is_task for d in distillers)
         self._decays = {name: t.decay for name, t in teachers.items() if isinstance(t, EMATeacher)}
+        self._online = {name: t for name, t in teachers.items() if isinstance(t, OnlineTeacher)}
         # frozen teachers stand outside the module tree: parameters, state_dict, DDP and checkpoints never see them
         self._frozen = {name: t for name, t in teachers.items() if isinstance(t, Teacher)}
         self._renormalise = {
@@ -88,6 +91,9 @@ class DistilledModel(nn.Module):
         self.averages = nn.ModuleDict(
             {key_of(name): copy.deepcopy(student).requires_grad_(False).eval() for name in self._decays}
         )
+        self.online = nn.ModuleDict({key_of(name): t.model for name, t in self._online.items()})
+        if device.type != "meta":
+            self.online.to(device)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
         self._tap()
         self.distillers.to(device)  # their projections exist from here on
@@ -131,7 +137,9 @@ class DistilledModel(nn.Module):
 
     def _teacher_models(self) -> list[tuple[str, nn.Module, Adapter]]:
         frozen = [(name, t.model, t.adapter or self._adapter) for name, t in self._frozen.items()]
-        return frozen + [(name, self.averages[key_of(name)], self._adapter) for name in self._decays]
+        averages = [(name, self.averages[key_of(name)], self._adapter) for name in self._decays]
+        online = [(name, self.online[key_of(name)], t.adapter or self._adapter) for name, t in self._online.items()]
+        return [*frozen, *averages, *online]
 
     # ---- the call
 
@@ -159,15 +167,21 @@ class DistilledModel(nn.Module):
         args, kwargs, given = self._split_targets(args, kwargs)
         acting = self._acting()
         # before the student, whose activations would otherwise be kept alive beside those of the teachers
-        taught = {
-            name: self._run_teacher(name, side, args, kwargs)
-            for name, side in self._teacher_sides.items()
-            if any(self._uses[distiller] == name for distiller in acting)
-        }
+        taught: dict[str, dict[Reading, View]] = {}
+        online: dict[str, Any] = {}  # outputs of teachers that are trained too
+        for name, side in self._teacher_sides.items():
+            if not any(self._uses[distiller] == name for distiller in acting):
+                continue
+            if name in self._online:
+                online[name], taught[name] = self._run_online(name, side, args, kwargs)
+            else:
+                taught[name] = self._run_teacher(name, side, args, kwargs)
         with self._changes.on():
             output, views = self._student_side.run(args, kwargs, exit_early=False)
         targets = self._adapter.targets(args, kwargs, given)
         losses = self._task_losses(output, given, targets)
+        for name, teacher in self._online.items():
+            losses[name] = self._online_loss(name, teacher, online, targets)
         with torch.autocast(self.step.device.type, enabled=False):  # small differences need float32
             for name, distiller in self._named:
                 if name in acting:
@@ -228,7 +242,7 @@ class DistilledModel(nn.Module):
         else:
             loss = self.criterion(output, given)
             losses = dict(loss) if isinstance(loss, Mapping) else {"task": loss}
-        taken = losses.keys() & {OUTPUT, *self._uses}
+        taken = losses.keys() & {OUTPUT, *self._uses, *self._online}
         if taken:
             raise WrapError(
                 f"a task loss is called {min(taken)!r}, which is taken: rename it, or the distiller of that name"
@@ -239,6 +253,19 @@ class DistilledModel(nn.Module):
         args, kwargs = self._without_targets(side, *self._fed(name, args, kwargs))
         with torch.no_grad(), self._precision(name):
             return side.run(args, kwargs, exit_early=side.exits_early)[1]
+
+    def _run_online(
+        self, name: str, side: Side, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[Reading, View]]:
+        """A teacher that is trained too: its output, and its views, with their graph."""
+        args, kwargs = self._without_targets(side, *self._online[name].feed(args, kwargs))
+        return side.run(args, kwargs, exit_early=False)
+
+    def _online_loss(self, name: str, teacher: OnlineTeacher, outputs: Mapping[str, Any], targets: Any) -> Tensor:
+        """What a teacher that is trained too learns from; 0 where it did not run, as nobody reads it any more."""
+        if name not in outputs:
+            return self._nothing_from(teacher.model)
+        return scalar_loss(name, teacher.criterion(outputs[name], teacher.targets(targets)))
 
     def _without_targets(
         self, side: Side, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -309,7 +336,7 @@ class DistilledModel(nn.Module):
                 f"distiller {name!r} needs targets and the call has none ({error}): call model(inputs, targets)"
             ) from error
         if check:
-            check_reaches(name, loss, distiller, call)
+            check_reaches(name, loss, distiller, [*tensors_in(call), *self.online.parameters()])
         return distiller.weight.applied(loss, self.step)
 
     def _tell_unmatched(self, name: str, student: Sequence[View], teacher: Sequence[View]) -> None:
@@ -320,10 +347,10 @@ class DistilledModel(nn.Module):
                     log.warning("teacher %r: %s", name, note)
                 self._told.add((name, note))
 
-    def _nothing_from(self, distiller: Distiller) -> Tensor:
-        """0, hung on the distiller's own parameters: DDP waits for a gradient of each."""
+    def _nothing_from(self, module: nn.Module) -> Tensor:
+        """0, hung on the parameters of a distiller or a teacher: DDP waits for a gradient of each."""
         return sum(
-            (parameter.flatten()[:0].sum() for parameter in distiller.parameters()),
+            (parameter.flatten()[:0].sum() for parameter in module.parameters()),
             start=torch.zeros((), device=self.step.device),
         )
 

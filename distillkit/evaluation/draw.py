@@ -56,7 +56,7 @@ def draw_boxes(
         colour = _colour(label)
         outline = _outline if boxes.shape[-1] == 4 else _rotated_outline
         _write(pen, font, text, outline(pen, boxes[i], factor, colour), colour, picture.size, taken)
-    return picture if title is None else _titled(picture, title)
+    return picture if title is None else titled(picture, title)
 
 
 def side_by_side(
@@ -145,7 +145,8 @@ def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _titled(picture: Image.Image, title: str) -> Image.Image:
+def titled(picture: Image.Image, title: str) -> Image.Image:
+    """A picture below a strip with its title."""
     strip = TEXT + 8
     whole = Image.new("RGB", (picture.width, picture.height + strip), "white")
     ImageDraw.Draw(whole).text((4, 2), title, fill="black", font=ImageFont.load_default(TEXT))

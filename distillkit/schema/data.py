@@ -6,27 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from distillkit.located import said
-from distillkit.schema.base import Count, NotNegative, Positive, Share, Strict
-
-
-def _square(value: Any) -> Any:
-    if not isinstance(value, int | list):
-        raise ValueError(f"expected one number or [height, width], got {said(value)}")
-    return [value, value] if isinstance(value, int) else value
-
-
-def _ordered(value: list[Any]) -> list[Any]:
-    if value[0] > value[1]:
-        raise ValueError(f"expected [low, high], got {value}")
-    return value
-
-
-Size = Annotated[
-    list[Count],
-    Field(min_length=2, max_length=2),
-    BeforeValidator(_square, json_schema_input_type=Count | list[Count]),
-]
+from distillkit.schema.base import Count, DataBlock, NotNegative, Positive, Share, Size, Strict, ordered
 
 
 class Crop(Strict):
@@ -46,7 +26,7 @@ class Augment(Strict):
     flip_diagonal: Share = 0.0
     """Probability of both at once, half a turn."""
     crop: Crop | None = None
-    multi_scale: Annotated[list[Positive], Field(min_length=2, max_length=2), AfterValidator(_ordered)] | None = None
+    multi_scale: Annotated[list[Positive], Field(min_length=2, max_length=2), AfterValidator(ordered)] | None = None
     """[low, high]: the picture is scaled by a factor drawn between the two."""
     mosaic: Share = 0.0
     """Probability of putting four pictures together."""
@@ -54,16 +34,7 @@ class Augment(Strict):
     """Strength c of brightness, contrast and saturation: each is multiplied by a factor in [1 - c, 1 + c]."""
 
 
-class _Data(Strict):
-    size: Size = [320, 320]
-    """Network input in pixels: [height, width], or one number for both."""
-    workers: Annotated[int, Field(ge=0)] = 2
-    """Loader processes; 0 loads in the training process."""
-    batch: Count = 8
-    """Pictures a process and step."""
-
-
-class _Boxed(_Data):
+class _Boxed(DataBlock):
     keep_ratio: bool = False
     """False: the picture is stretched to the size. True: it keeps its aspect, and the size bounds both of its sides."""
     pad: bool = False
@@ -118,7 +89,7 @@ class SceneData(_Boxed):
     """Number of scenes."""
     val: Count = 128
     test: Count = 128
-    digits: Annotated[list[Count], Field(min_length=2, max_length=2), AfterValidator(_ordered)] = [1, 6]
+    digits: Annotated[list[Count], Field(min_length=2, max_length=2), AfterValidator(ordered)] = [1, 6]
     """[fewest, most] digits a scene."""
 
 
@@ -157,9 +128,9 @@ def _timm_notation(value: Any) -> Any:
 class ClassAugment(Strict):
     """Random changes of training pictures; all but mixup and cutmix are drawn from (seed, epoch, index) alone."""
 
-    scale: Annotated[list[Share], Field(min_length=2, max_length=2), AfterValidator(_ordered)] | None = [0.08, 1.0]
+    scale: Annotated[list[Share], Field(min_length=2, max_length=2), AfterValidator(ordered)] | None = [0.08, 1.0]
     """[smallest, largest] part of the picture's area that a random crop shows; null: no crop."""
-    ratio: Annotated[list[Positive], Field(min_length=2, max_length=2), AfterValidator(_ordered)] = [0.75, 1.3333]
+    ratio: Annotated[list[Positive], Field(min_length=2, max_length=2), AfterValidator(ordered)] = [0.75, 1.3333]
     """[narrowest, widest] width over height of the crop."""
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     """Of the crop; random: one of the two."""
@@ -182,7 +153,7 @@ class ClassAugment(Strict):
     """Alpha of CutMix; 0: none."""
 
 
-class _Classes(_Data):
+class _Classes(DataBlock):
     size: Size = [224, 224]
     """Network input in pixels: [height, width], or one number for both."""
     batch: Count = 64

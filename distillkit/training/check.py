@@ -11,46 +11,31 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from distillkit import schema
 from distillkit.core.distiller import Distiller
 from distillkit.core.result import OUTPUT
-from distillkit.data.check import check_dataset
-from distillkit.data.coco import read_coco
-from distillkit.data.coco_rotated import read_coco_rotated
-from distillkit.data.detection import Split
-from distillkit.data.dota import read_dota
-from distillkit.data.hrsc import read_hrsc
 from distillkit.data.label_store import LabelMapError, LabelStore
 from distillkit.data.problems import DataError
 from distillkit.data.sampler import collate
-from distillkit.data.voc import read_voc
-from distillkit.evaluation.classes import classify_dataset
-from distillkit.evaluation.predict import predict_dataset
 from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint
 from distillkit.training.batches import batches, drop_last
 from distillkit.training.errors import RunError
-from distillkit.training.evaluate import Share, check_submission, judged, whole
+from distillkit.training.evaluate import Share, check_submission
 from distillkit.training.loop import check_settings
 from distillkit.training.possible import (
     Planned,
-    check_judged,
     check_optimizer,
-    check_taught,
     check_teacher,
     planned,
     teacher_place,
 )
+from distillkit.training.tasks import task_of
 from distillkit.training.tiles import cut_tiles
 
 #: (what is being read, how many of it are done, how many there are)
 Progress = Callable[[str, int, int], None]
 
 SPLITS = ("train", "val", "test")
-#: pictures of a dry step
-PICTURES = 2
-#: data whose annotations are read before they are used
-IN_FILES = (schema.CocoData, schema.VocData, schema.DotaData, schema.HrscData)
 
 
 @dataclass(frozen=True)
@@ -78,12 +63,13 @@ def check(recipe: Recipe, progress: Progress | None = None) -> Iterator[Finding]
         data: dict[str, build.DetectionData] = {}
         usable: Sequence[str] = []
         for split in SPLITS:
-            if (yield from _annotated(recipe, split, progress)):
+            if (yield from _read(recipe, split, progress)):
                 usable = [*usable, split]
         if getattr(recipe.data, "tiles", None) is not None:
             usable = yield from _tiles(recipe, usable, progress)
         for split in usable:
             yield from _data(recipe, split, data)
+        yield from (Finding("warning", where, what) for where, what in task_of(recipe).doubts(recipe))
         if "train" in data:
             yield from _together(recipe, data)
             yield from _models(recipe, data)
@@ -100,15 +86,14 @@ def _quiet_data() -> Iterator[None]:
         log.disabled = before
 
 
-def _annotated(recipe: Recipe, split: Any, progress: Progress | None) -> Generator[Finding, None, bool]:
+def _read(recipe: Recipe, split: Any, progress: Progress | None) -> Generator[Finding, None, bool]:
     """All problems of a split's files; whether it can be used."""
-    where, data = f"data.{split}", recipe.data
+    where = f"data.{split}"
     usable = True
-    if getattr(data, split, None) is not None and isinstance(data, IN_FILES):
-        seen = (lambda done, total: progress(where, done, total)) if progress else None
-        for problem in check_dataset(_annotations(data, split), seen):
-            usable = usable and not problem.fatal
-            yield Finding("error" if problem.fatal else "warning", where, str(problem))
+    seen = (lambda done, total: progress(where, done, total)) if progress else None
+    for problem in task_of(recipe).read_files(recipe, split, seen):
+        usable = usable and not problem.fatal
+        yield Finding("error" if problem.fatal else "warning", where, str(problem))
     return usable
 
 
@@ -161,21 +146,6 @@ def _checked_maps(maps: LabelStore) -> Finding:
     return Finding("ok", "data.label_maps", what)
 
 
-def _annotations(data: Any, split: Any) -> Split:
-    source = getattr(data, split)
-    match data:
-        case schema.DotaData():
-            return read_dota(data.root, source, data.classes)
-        case schema.HrscData():
-            return read_hrsc(data.root, source)
-        case schema.CocoRotatedData():
-            return read_coco_rotated(data.root, source, data.images.format(split=split))
-        case schema.CocoData():
-            return read_coco(data.root, source, data.images.format(split=split))
-        case _:
-            return read_voc(data.root, source, data.classes)
-
-
 def _together(recipe: Recipe, data: Mapping[str, build.DetectionData]) -> Iterator[Finding]:
     """Splits that are right by themselves, and cannot be used for this run."""
     first = data["train"].classes
@@ -184,10 +154,14 @@ def _together(recipe: Recipe, data: Mapping[str, build.DetectionData]) -> Iterat
             what = f"its classes are {dataset.classes}, those of data.train are {first}"
             yield Finding("error", f"data.{split}", what)
     trained = any(step.train.epochs for step in planned(recipe))
-    for boxes, split, wanted in ((check_taught, "train", trained), (check_judged, recipe.evaluate.split, True)):
+    task = task_of(recipe)
+    for right, split, wanted in (
+        (task.check_taught, "train", trained),
+        (task.check_judged, recipe.evaluate.split, True),
+    ):
         if wanted and split in data:
             try:
-                boxes(split, data[split])
+                right(split, data[split])
             except Exception as error:
                 yield _failed(f"data.{split}", error)
     if recipe.evaluate.split in data:
@@ -229,7 +203,7 @@ def _rehearsed(
     checkpoint.seed_everything(recipe.seed)
     model = build.build_model(step.model, classes, recipe.evaluate)
     distillers = build.build_distillers(recipe, step.distillers, classes, step.train)
-    items = [data["train"][0, i] for i in range(min(_pictures(recipe), len(data["train"])))]
+    items = [data["train"][0, i] for i in range(min(task_of(recipe).DRY, recipe.data.batch, len(data["train"])))]
     wrapped = build.build_wrapped(recipe, model, teachers, distillers)
     try:
         check_optimizer(step, wrapped)
@@ -258,11 +232,6 @@ def _rehearsed(
         yield Finding("warning", step.where, what)
 
 
-def _pictures(recipe: Recipe) -> int:
-    """Of a dry step; relations between classified pictures need three."""
-    return max(PICTURES, 4) if isinstance(recipe, schema.ClassificationRecipe) else PICTURES
-
-
 def _zero_at_first(distillers: Iterable[Distiller]) -> set[str]:
     """Distillers whose first loss is rightly 0: their weight rises from 0, or they learn from the student's average."""
     start = torch.zeros((), dtype=torch.int64)
@@ -275,9 +244,9 @@ def _score(recipe: Recipe, model: nn.Module, data: Mapping[str, build.DetectionD
         return
     val = data["val"]
     try:
-        run = classify_dataset if isinstance(recipe, schema.ClassificationRecipe) else predict_dataset
-        found = run(model, Share(val, 0, max(1, len(val) - 1)), batch=PICTURES)
-        judged(recipe, whole(recipe, found, val) if isinstance(recipe, schema.RotatedRecipe) else found, val)
+        task, few = task_of(recipe), Share(val, 0, max(1, len(val) - 1))
+        found = task.find(recipe, model, few, batch=len(few), device="cpu")
+        task.judge(recipe, task.whole(recipe, found, val), val)
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise RunError(f"cannot be scored on pictures of data.val: {kind}{error}") from error

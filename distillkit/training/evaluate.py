@@ -1,4 +1,4 @@
-"""Scoring a detector on a split, and `distillkit eval`."""
+"""Scoring a model on a split, and `distillkit eval`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ from torch import nn
 from distillkit import schema
 from distillkit.data.rotated import RotatedDetection
 from distillkit.data.tiled import TiledDota
-from distillkit.evaluation.classes import ClassificationResult, class_metrics, classify_dataset
-from distillkit.evaluation.coco import CocoResult, coco_metrics
-from distillkit.evaluation.predict import Progress, predict_dataset
+from distillkit.evaluation.predict import Progress
 from distillkit.evaluation.rotated import RotatedResult, rotated_metrics
 from distillkit.evaluation.submission import Task, check_names, horizontal, read_submission, write_submission
-from distillkit.evaluation.whole import merge_tiles, within
 from distillkit.schema import Recipe
 from distillkit.training import build
 from distillkit.training.build import DetectionData
 from distillkit.training.errors import RunError
 from distillkit.training.named import named_model
 from distillkit.training.processes import processes
+from distillkit.training.tasks import Result, task_of
 from distillkit.training.tiles import cut_tiles
 
 
@@ -42,9 +40,6 @@ class Share:
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key
         return self.data[epoch, self.indices[index]]
-
-
-Result = CocoResult | RotatedResult | ClassificationResult
 
 
 def score(recipe: Recipe, model: nn.Module, data: DetectionData, progress: Progress | None = None) -> Result:
@@ -63,22 +58,9 @@ def predicted(
     state = processes()
     model.to(state.device)
     share = Share(data, state.process_index, state.num_processes)
-    run = classify_dataset if isinstance(recipe, schema.ClassificationRecipe) else predict_dataset
-    found = run(model, share, recipe.data.batch, state.device, progress, recipe.data.workers)
-    found = gather_object(found)
-    return whole(recipe, found, data) if isinstance(recipe, schema.RotatedRecipe) else found
-
-
-def whole(recipe: schema.RotatedRecipe, found: Sequence[dict[str, Any]], data: Any) -> list[dict[str, Any]]:
-    """Predictions on tiles as predictions on the pictures they were cut from; others as they are."""
-    if not isinstance(data, TiledDota):
-        return list(found)
-    records = {record.path.stem: record for record in data.whole.records}
-    merged = merge_tiles(found, data.places, recipe.evaluate.iou)  # evaluate.most is of a tile, and done
-    return [
-        {**within(prediction, records[name].size), "image_id": records[name].image_id}
-        for name, prediction in merged.items()
-    ]
+    task = task_of(recipe)
+    found = task.find(recipe, model, share, recipe.data.batch, state.device, progress, recipe.data.workers)
+    return task.whole(recipe, gather_object(found), data)
 
 
 def submit(folder: Path, found: Sequence[dict[str, Any]], data: RotatedDetection, task: Task) -> Path:
@@ -100,20 +82,15 @@ def _names(data: RotatedDetection) -> dict[int, str]:
 
 def judged(recipe: Recipe, found: Sequence[dict[str, Any]], data: Any) -> Result:
     """Predictions against the truth of a data set."""
-    if isinstance(recipe, schema.ClassificationRecipe):
-        return class_metrics(found, data.classes)
-    if isinstance(recipe, schema.RotatedRecipe):
-        return rotated_metrics(found, data.truth(), data.classes)
-    return coco_metrics(found, data)
+    return task_of(recipe).judge(recipe, found, data)
 
 
 def plain(result: Result) -> dict[str, Any]:
-    """The numbers by name, and under ``classes`` those of each class: ap, ap50, ap75 and boxes, or, of a classifier,
-    recall, precision and pictures; its confusion matrix besides."""
+    """The numbers by name, and under ``classes`` those of each class: ap, ap50, ap75 and boxes, or those of its task;
+    the confusion matrix besides, where there is one."""
     numbers = {**result.numbers, "classes": {name: asdict(row) for name, row in result.classes.items()}}
-    if isinstance(result, ClassificationResult):
-        numbers["confusion"] = result.confusion.tolist()
-    return numbers
+    confusion = getattr(result, "confusion", None)
+    return numbers if confusion is None else {**numbers, "confusion": confusion.tolist()}
 
 
 def evaluate_submission(recipe: Recipe, path: Path, split: Literal["train", "val", "test"]) -> RotatedResult:

@@ -103,8 +103,9 @@ def learning_rate_factor(step: int, total: int, epochs: int, config: ScheduleCon
     """What the learning rates are multiplied by at optimizer step ``step`` (0 <= step < total), between 0 and 1.
 
     ``step``: times ``gamma`` from each milestone (an epoch) on. ``cosine``: half a cosine from 1 after the warm-up
-    down to ``min_factor``, where the last ``cooldown`` epochs stay. Warm-up multiplies by a line from ``warmup_factor``
-    at step 0 to 1 after ``warmup_steps``.
+    down to ``min_factor``, where the last ``cooldown`` epochs stay. ``poly``: ``(1 - t) ** power`` with t from 0 after
+    the warm-up towards 1, as DeepLab and FANet are trained. Warm-up multiplies by a line from ``warmup_factor`` at step
+    0 to 1 after ``warmup_steps``.
 
     Raises:
         RunError: a warm-up that the run would not leave, or a cooldown as long as what is left of it.
@@ -122,6 +123,8 @@ def learning_rate_factor(step: int, total: int, epochs: int, config: ScheduleCon
             )
         t = min(max(step - warmup, 0) / falling, 1.0)
         factor = config.min_factor + (1 - config.min_factor) * 0.5 * (1 + math.cos(math.pi * t))
+    elif config.kind == "poly":
+        factor = (1 - max(step - warmup, 0) / (total - warmup)) ** config.power
     if step < warmup:
         factor *= config.warmup_factor + (1 - config.warmup_factor) * step / warmup
     return factor

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
 from distillkit import recipe as recipes
 from distillkit import schema
-from distillkit.data.classes import ClassPictures
-from distillkit.data.detection import Pictures
-from distillkit.data.rotated import RotatedDetection
 from distillkit.models.backbones import pretrained_classes
 from distillkit.schema import Recipe
 from distillkit.training import build
@@ -72,38 +69,3 @@ def check_optimizer(step: Planned, model: nn.Module) -> None:
     """Raises RunError for an optimizer that the model is not made for."""
     if step.train.epochs:
         build_optimizer(model, step.train.optimizer)
-
-
-def check_taught(split: str, data: Any) -> None:
-    """Raises RunError where a set of boxes has none to be learned."""
-    if isinstance(data, ClassPictures):
-        return
-    if not _teaches(data):
-        raise RunError(f"data.{split} has no box that can be learned: correct the annotations, or name another file")
-
-
-def check_judged(split: str, data: Any) -> None:
-    """Raises RunError where a set of boxes has none to be found."""
-    if isinstance(data, ClassPictures):
-        return
-    if not _judges(data):
-        raise RunError(
-            f"data.{split} is what models are judged on, and has no box to be found, so that there is no AP: correct "
-            "the annotations, or choose another evaluate.split"
-        )
-
-
-def _teaches(data: Any) -> bool:
-    """Whether a picture has a box to be learned; most sets show one in the first pictures."""
-    if isinstance(data, Pictures):
-        return data.usable_boxes > 0
-    return any(len(data[0, i][1]["boxes"]) for i in range(len(data)))
-
-
-def _judges(data: Any) -> bool:
-    if isinstance(data, RotatedDetection) or not hasattr(data, "to_coco_json"):
-        return any(bool((~picture["difficult"]).any()) for picture in data.truth())
-    if isinstance(data, Pictures):
-        return data.usable_boxes > 0
-    boxes = (a["bbox"] for a in data.to_coco_json()["annotations"] if not a.get("iscrowd"))
-    return any(width > 0 and height > 0 for _, _, width, height in boxes)

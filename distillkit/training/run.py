@@ -22,9 +22,7 @@ from distillkit.training.evaluate import check_submission, judged, plain, predic
 from distillkit.training.folder import alone_in, changed_versions, check_owner, open_folder, versions
 from distillkit.training.loop import Job, check_settings, fit
 from distillkit.training.possible import (
-    check_judged,
     check_optimizer,
-    check_taught,
     check_teacher,
     planned,
     teacher_place,
@@ -33,6 +31,7 @@ from distillkit.training.processes import processes
 from distillkit.training.progress import reading, scoring
 from distillkit.training.report import write_report
 from distillkit.training.table import rich_table, write_table
+from distillkit.training.tasks import Trained, task_of
 from distillkit.training.tiles import cut_tiles
 
 __all__ = ["Jobs", "open_folder", "run", "versions"]
@@ -100,7 +99,7 @@ def _do(jobs: Jobs) -> None:
     if state.is_main_process:
         write_table(folder, jobs.table)
         console.print(rich_table(jobs.table))
-        write_report(recipe, folder, jobs.table, jobs.judged, jobs.folders, teachers, students)
+        write_report(recipe, folder, jobs.table, Trained(jobs.judged, jobs.folders, teachers, students))
         console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
     state.wait_for_everyone()
 
@@ -141,8 +140,8 @@ class Jobs:
         """
         steps = [p for p in planned(self.recipe) if fresh or not (self.folder / p.folder / "result.json").exists()]
         if any(step.train.epochs for step in steps):
-            check_taught("train", self.train)
-        check_judged(self.recipe.evaluate.split, self.judged)
+            task_of(self.recipe).check_taught("train", self.train)
+        task_of(self.recipe).check_judged(self.recipe.evaluate.split, self.judged)
         for name, config in build.teacher_configs(self.recipe).items():
             check_teacher(teacher_place(name), config, self.classes)
         check_submission(self.recipe, self.judged)
@@ -242,5 +241,5 @@ class Jobs:
             processes().wait_for_everyone()
         scores = checkpoint.read_json(path)
         parameters = sum(p.numel() for p in model.parameters())
-        measured = {key: scores[key] for key in self.recipe.SCORES}
+        measured = {key: scores[key] for key in self.recipe.scores}
         self.table.append({"row": name, **measured, "parameters": parameters, "minutes": minutes})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from distillkit import plugins, schema
+from distillkit.adapters import adapter_for
 from distillkit.adapters.classifier import Classifier
+from distillkit.adapters.segmenter import Segmenter
 from distillkit.api import wrap
 from distillkit.boxes.merged import Merged
 from distillkit.boxes.regions import Main, MainAndValuable, Region, Valuable
@@ -19,16 +21,20 @@ from distillkit.core.schedule import Weight
 from distillkit.core.teacher import Teacher
 from distillkit.core.wrap import DistilledModel
 from distillkit.distillers.attention_transfer import AttentionTransfer
+from distillkit.distillers.channel_kd import ChannelKD
 from distillkit.distillers.dist import DIST
 from distillkit.distillers.dkd import DKD
 from distillkit.distillers.feature_imitation import FeatureImitation
 from distillkit.distillers.hard_token import HardToken
 from distillkit.distillers.ld import LD
 from distillkit.distillers.logit_kd import LogitKD
+from distillkit.distillers.pairwise_kd import PairwiseKD
+from distillkit.distillers.pixel_kd import PixelKD
 from distillkit.distillers.relational_kd import RelationalKD
 from distillkit.distillers.self_ld import SelfLD
 from distillkit.distillers.token_labeling import TokenLabeling
 from distillkit.evaluation.classes import moments
+from distillkit.losses.segmentation import SegmentationLoss
 from distillkit.schema import Recipe
 from distillkit.training.build.models import build_model, teacher_configs
 
@@ -42,6 +48,9 @@ BY_KEYS: dict[type, type[Distiller]] = {
     schema.HardToken: HardToken,
     schema.AttentionTransfer: AttentionTransfer,
     schema.RelationalKD: RelationalKD,
+    schema.ChannelKD: ChannelKD,
+    schema.PairwiseKD: PairwiseKD,
+    schema.PixelKD: PixelKD,
 }
 
 
@@ -131,8 +140,8 @@ def _earlier_student(config: schema.SelfLD, recipe: Recipe, classes: int) -> nn.
 def build_wrapped(
     recipe: Recipe, student: nn.Module, teachers: Mapping[str, nn.Module], distillers: Iterable[Distiller]
 ) -> DistilledModel:
-    """The student with its distillers and those teachers that they learn from; a classifier with its cross entropy,
-    unless a distiller holds the task's loss."""
+    """The student with its distillers, those teachers that they learn from, and its task's loss, unless the student
+    computes that by itself or a distiller holds it."""
     distillers = list(distillers)
     # None: the only one there is
     named = {d.teacher for d in distillers if d.own_teacher() is None and not d.taught_by_targets}
@@ -141,13 +150,35 @@ def build_wrapped(
         for name, config in teacher_configs(recipe).items()
         if name in named or None in named
     }
-    if not isinstance(recipe, schema.ClassificationRecipe):
-        return wrap(student, chosen, distillers)
+    if isinstance(recipe, schema.ClassificationRecipe):
+        return _classifier(recipe, student, chosen, distillers)
+    if isinstance(recipe, schema.SegmentationRecipe):
+        return _segmenter(recipe, student, chosen, distillers)
+    return wrap(student, chosen, distillers)
+
+
+def _classifier(
+    recipe: schema.ClassificationRecipe,
+    student: nn.Module,
+    teachers: Mapping[str, Teacher],
+    distillers: Sequence[Distiller],
+) -> DistilledModel:
     if any(isinstance(d, HardToken) and d.student_at == "head_dist" for d in distillers):
         student.set_distilled_training(True)  # type: ignore[operator]  # else the labels would teach both heads
     own = any(distiller.is_task for distiller in distillers)
     criterion = None if own else CrossEntropy(recipe.smoothing)
-    return wrap(student, chosen, distillers, criterion, adapter=Classifier(*moments(student)))
+    return wrap(student, teachers, distillers, criterion, adapter=Classifier(*moments(student)))
+
+
+def _segmenter(
+    recipe: schema.SegmentationRecipe,
+    student: nn.Module,
+    teachers: Mapping[str, Teacher],
+    distillers: Sequence[Distiller],
+) -> DistilledModel:
+    adapter = adapter_for(student, Segmenter())
+    adapter.norm = adapter.norm or moments(student)  # what batches are normalised with
+    return wrap(student, teachers, distillers, SegmentationLoss(**recipe.loss.model_dump()), adapter=adapter)
 
 
 class CrossEntropy:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from torch import nn
 
 from distillkit import plugins, schema
@@ -14,6 +15,8 @@ from distillkit import recipe as recipes
 from distillkit.adapters import with_adapter
 from distillkit.core.adapter import Adapter
 from distillkit.models.backbones import classifier, explain_mismatch, read_weights
+from distillkit.models.deeplab import DeepLab
+from distillkit.models.fanet import FANet
 from distillkit.models.gfl import GFL, load_openmmlab
 from distillkit.models.nanodet import NanoDet, nanodet
 from distillkit.models.pyramid import PyramidDetector
@@ -24,7 +27,7 @@ from distillkit.training import checkpoint
 from distillkit.training.errors import RunError
 
 
-def build_model(config: schema.AnyModel, classes: int, evaluate: schema.Evaluate | schema.EvaluateClasses) -> nn.Module:
+def build_model(config: schema.AnyModel, classes: int, evaluate: schema.AnyEvaluate) -> nn.Module:
     """A model for ``classes`` classes, with the weights of its ``checkpoint`` where there is one, in train mode.
 
     Raises:
@@ -43,6 +46,10 @@ def build_model(config: schema.AnyModel, classes: int, evaluate: schema.Evaluate
         )
     elif isinstance(config, schema.NanoDetModel):
         model = _nanodet(config, classes)
+    elif isinstance(config, schema.DeepLabModel):
+        model = DeepLab(classes, **config.model_dump(include=_keys(schema.DeepLabModel)))
+    elif isinstance(config, schema.FANetModel):
+        model = FANet(classes, **config.model_dump(include=_keys(schema.FANetModel)))
     elif isinstance(config, schema.TimmModel):
         model = classifier(config.model, classes, config.pretrained, **config.options)
     else:
@@ -56,7 +63,12 @@ def build_model(config: schema.AnyModel, classes: int, evaluate: schema.Evaluate
 
 def _pyramid(config: schema.GFLModel | schema.RotatedGFLModel | schema.RotatedRetinaModel) -> dict[str, Any]:
     """What all detectors on a feature pyramid are given."""
-    return config.model_dump(include=set(schema.GFLModel.model_fields) - {"kind", "checkpoint"})
+    return config.model_dump(include=_keys(schema.GFLModel))
+
+
+def _keys(block: type[BaseModel]) -> set[str]:
+    """Of a student's block, those that are arguments of its model."""
+    return set(block.model_fields) - {"kind", "checkpoint"}
 
 
 def _nanodet(config: schema.NanoDetModel, classes: int) -> nn.Module:
