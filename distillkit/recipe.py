@@ -149,7 +149,17 @@ def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 #: kinds of data whose test split may be left out
-FROM_FILES = ("coco", "voc", "dota", "hrsc", "image-folder", "webdataset", "voc-masks", "coco-semantic")
+FROM_FILES = (
+    "coco",
+    "voc",
+    "dota",
+    "hrsc",
+    "image-folder",
+    "webdataset",
+    "voc-masks",
+    "coco-semantic",
+    "voc-labels",
+)
 
 
 def _wrong_task(raw: dict[str, Any]) -> Iterator[Wrong]:
@@ -188,7 +198,7 @@ def _wrong_together(raw: dict[str, Any]) -> Iterator[Wrong]:
     yield from _wrong_rows(raw)
     if _at(raw, "evaluate", "submission") and _at(raw, "data", "kind") != "dota":
         yield ("evaluate", "submission"), "names pictures as DOTA does, and is for data of kind dota; leave it out"
-    if of_task := {"classification": _wrong_classifying, "segmentation": _wrong_segmenting}.get(raw.get("task", "")):
+    if of_task := WRONG_IN_TASK.get(raw.get("task", "")):
         yield from of_task(raw)
     if raw.get("task", "detection") != "rotated-detection":
         for i, distiller in _mappings(raw.get("distillers")):
@@ -229,6 +239,32 @@ def _wrong_segmenting(raw: dict[str, Any]) -> Iterator[Wrong]:
                 yield ("distillers", i), f"{side} {MISSING}: name the maps, as in backbone.layer4"
 
 
+def _wrong_weakly(raw: dict[str, Any]) -> Iterator[Wrong]:
+    salient = _at(raw, "data", "saliency") is not None or _at(raw, "data", "kind") == "custom"
+    for i, distiller in _mappings(raw.get("distillers")):
+        if distiller.get("saliency") and not salient:
+            yield ("distillers", i, "saliency"), "is true, and data.saliency names no folder of maps"
+        if distiller.get("kind") == "logit-kd" and distiller.get("protocol", "softmax") == "softmax":
+            yield ("distillers", i, "protocol"), "is softmax, of one class a picture; labels here are several: sigmoid"
+    if _at(raw, "masks", "rule") == "saliency" and not salient:
+        yield ("masks", "rule"), "is saliency, and data.saliency names no folder of maps"
+    if raw.get("segment") is not None and _at(raw, "data", "kind") == "custom":
+        yield ("segment",), "needs data of kind voc-labels: masks are files beside its pictures; leave segment out"
+    if isinstance(raw.get("segment"), dict):
+        yield from _wrong_change(Train, raw["train"], raw["segment"].get("train"), ("segment", "train"))
+    for i, row in _mappings(raw.get("compare")):
+        if row.get("masks") == "true" and raw.get("segment") is None:
+            yield ("compare", i, "masks"), "is true, and no segmentation model is trained; add the key segment"
+
+
+#: what is wrong in recipes of one task alone
+WRONG_IN_TASK = {
+    "classification": _wrong_classifying,
+    "segmentation": _wrong_segmenting,
+    "weak-segmentation": _wrong_weakly,
+}
+
+
 def _wrong_distillers(raw: dict[str, Any]) -> Iterator[Wrong]:
     several = list(raw["teachers"]) if isinstance(raw.get("teachers"), dict) else []
     names: set[str] = set()
@@ -237,7 +273,7 @@ def _wrong_distillers(raw: dict[str, Any]) -> Iterator[Wrong]:
         if name and name in names:
             yield ("distillers", i, "name"), f"two distillers are called {name!r}; give each its own name"
         names.add(name)
-        if distiller.get("kind") == "self-ld":
+        if distiller.get("kind") in ("self-ld", "local-to-global"):
             continue
         if distiller.get("source") in ("maps", "labels"):
             yield from _wrong_untaught(raw, i, distiller)
@@ -278,7 +314,7 @@ def _wrong_rows(raw: dict[str, Any]) -> Iterator[Wrong]:
 def is_untrained(model: dict[str, Any]) -> bool:
     """Whether a block of a model, as it is written, comes with random weights. Of a custom one that cannot be told."""
     built = model.get("kind") in ("gfl", "rotated-gfl", "rotated-retina", "deeplab", "fanet")
-    built = built or (model.get("kind") == "timm" and not model.get("pretrained"))
+    built = built or (model.get("kind") in ("timm", "cam") and not model.get("pretrained"))
     return (built or model.get("weights") in ("new-head", "none")) and model.get("checkpoint") is None
 
 

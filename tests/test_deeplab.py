@@ -40,12 +40,11 @@ def test_numbers_of_parameters():
     assert count(v3plus) == 23_508_032 + aspp + decoder
 
 
-@pytest.mark.parametrize("backbone", TINY)
-@pytest.mark.parametrize("stride", [8, 16, 32])
+@pytest.mark.parametrize(("backbone", "stride"), [*((b, 16) for b in TINY), (TINY[0], 8), (TINY[0], 32)])
 def test_logits_have_the_size_of_any_picture(backbone, stride):
     model = small(backbone, output_stride=stride).eval()
     with torch.no_grad():
-        for height, width in ((64, 96), (50, 71), (33, 40)):
+        for height, width in ((64, 96), (50, 71)):
             assert model(pictures(2, height, width)).shape == (2, 3, height, width)
     assert model.strides == [4, 8, min(stride, 16), stride]
 
@@ -74,11 +73,15 @@ def test_a_file_of_weights_goes_into_the_dilated_backbone(tmp_path):
 def test_dilations_are_published_for_one_output_stride_and_scaled_to_others():
     rates = lambda convs: [conv.dilation[0] for conv in convs]  # noqa: E731
     for stride, wanted in ((16, [6, 12, 18]), (8, [12, 24, 36]), (32, [3, 6, 9])):
-        branches = small(output_stride=stride).head.aspp.branches[2:]
+        with torch.device("meta"):
+            branches = small(output_stride=stride).head.aspp.branches[2:]
         assert rates(branch.depthwise for branch in branches) == wanted
     for stride, wanted in ((None, [6, 12, 18, 24]), (16, [3, 6, 9, 12])):
-        assert rates(small(version="v2", output_stride=stride).head.classify) == wanted
-    assert (small().output_stride, small(version="v2").output_stride) == (16, 8)
+        with torch.device("meta"):
+            model = small(version="v2", output_stride=stride)
+        assert rates(model.head.classify) == wanted
+        assert model.output_stride == (stride or 8)
+    assert small().output_stride == 16
 
 
 def test_the_head_of_v2_is_a_sum_of_dilated_classifiers():
@@ -130,6 +133,16 @@ def test_at_several_sizes_the_greatest_logit_counts(version):
         )
 
 
+def test_the_scales_cover_the_picture_without_its_padding():
+    model = small(version="v2", multi_scale=True, freeze_bn=True)
+    with torch.no_grad():
+        odd, even = pictures(1, 50, 71), F.pad(pictures(1, 50, 71), (0, 1, 0, 6))
+        found, padded = model(odd)["scales"], model(even)["scales"]
+    for ours, s in zip(found, padded, strict=True):
+        wanted = F.interpolate(s, (56, 72), mode="bilinear", align_corners=False)[..., :50, :71]
+        torch.testing.assert_close(ours, wanted)
+
+
 def test_v2_trains_on_one_picture_and_v3plus_says_why_it_cannot():
     assert small(version="v2")(pictures(1)).shape == (1, 3, 64, 96)
     with pytest.raises(ValueError, match="at least 2 pictures"):
@@ -169,7 +182,7 @@ def test_it_says_how_pictures_are_to_be_normalised():
 
 def test_the_backbone_has_a_learning_rate_of_its_own():
     model = small()
-    groups = build_optimizer(model, SGD(lr=0.1, backbone_lr=0.1)).param_groups
+    groups = build_optimizer(model, SGD(kind="sgd", lr=0.1, backbone_lr=0.1)).param_groups
     slow = {id(p) for group in groups if group["lr"] == pytest.approx(0.01) for p in group["params"]}
     assert slow == {id(p) for p in model.backbone.parameters()}
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))

@@ -147,7 +147,9 @@ def test_target_has_one_channel_a_cell_and_no_absent_class():
 
 
 def test_attention_target_by_hand():
-    maps = torch.tensor([[[2.0, 1.0]], [[-1.0, 3.0]], [[1.0, 0.4]]])[None]  # two classes, then the background; two cells
+    maps = torch.tensor([[[2.0, 1.0]], [[-1.0, 3.0]], [[1.0, 0.4]]])[
+        None
+    ]  # two classes, then the background; two cells
     target = local_targets(maps, torch.tensor([[1, 0]]))
     # cell 0: class 0 has 1, background 1; the first wins. Cell 1: class 0 has 1/2, background 0.4
     torch.testing.assert_close(target, torch.tensor([[[1.0, 0.5]], [[0.0, 0.0]], [[0.0, 0.0]]])[None])

@@ -270,6 +270,13 @@ def test_bicubic_differs_from_bilinear():
     assert not torch.allclose(*views, atol=1e-3)
 
 
+def test_bicubic_stays_in_range():
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    image[:, 2:5] = 255
+    resized = MaskResize(30, interpolation="bicubic")(image, None, None, ANY).image
+    assert (resized.min(), resized.max()) == (0, 1)
+
+
 # ---- what is random
 
 

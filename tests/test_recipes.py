@@ -51,8 +51,9 @@ def _run(name, tmp_path, *overrides):
 
 def test_each_recipe_is_run_here():
     assert {p.stem for p in bundled()} == {
-        "quickstart", "quickstart_rotated", "quickstart_classifier", "ld_coco", "ld_coco_mini", "ld_bccd", "ld_dota",
-        "ld_hit_uav", "kd_cifar10", "token_labeling_sign_digits", "token_labeling_imagenet",
+        "quickstart", "quickstart_rotated", "quickstart_classifier", "quickstart_segmentation", "ld_coco",
+        "ld_coco_mini", "ld_bccd", "ld_dota", "ld_hit_uav", "kd_cifar10", "token_labeling_sign_digits",
+        "token_labeling_imagenet",
     }  # fmt: skip
 
 
@@ -69,6 +70,11 @@ def test_quickstart_rotated(tmp_path):
 def test_quickstart_classifier(tmp_path):
     few = ["data.train=128", "data.val=16", "data.test=16", "teacher.train.epochs=1"]
     assert list(_run("quickstart_classifier", tmp_path, *few)) == ["teacher", "student", "distilled"]
+
+
+def test_quickstart_segmentation(tmp_path):
+    few = ["data.train=64", "data.val=8", "data.test=8", "teacher.train.epochs=1"]
+    assert list(_run("quickstart_segmentation", tmp_path, *few)) == ["teacher", "student", "distilled"]
 
 
 def test_kd_cifar10(tmp_path, data):

@@ -51,7 +51,7 @@ data:
   workers: 0
   augment: {scale: [0.8, 1.2], color: 0.1}
 teacher: {kind: deeplab, backbone: resnet10t, channels: 16, output_stride: 32, train: {epochs: 1}}
-student: {kind: deeplab, backbone: lcnet_035, channels: 8, output_stride: 32}
+student: {kind: deeplab, backbone: test_resnet, channels: 8, output_stride: 32}
 distillers:
   - {kind: channel-kd}
   - {kind: channel-kd, name: features, student_at: head.refine, teacher_at: head.refine, weight: 0.1}

@@ -60,6 +60,11 @@ class Adapter:
         """The view, from the tapped tensors in the order of the places' paths, or from the model's output."""
         if kind is Features:
             return Features(tuple(tensors))
+        if kind is ActivationMaps and output is None:
+            raise ViewError(
+                f"{type(model).__name__}: it runs no further than its maps, so that it is not known how many are "
+                "classes: pass adapter=distillkit.adapters.cam.CamAdapter(path, background=...)"
+            )
         if kind is ActivationMaps:
             return activation_maps_in(tensors[0], _logits(output, type(model).__name__))
         return ClassLogits(tensors[0] if tensors else _logits(output, type(model).__name__))
@@ -128,8 +133,8 @@ def activation_maps_in(maps: Tensor, logits: Tensor) -> ActivationMaps:
     classes = logits.shape[1]
     if maps.dim() != 4 or maps.shape[1] not in (classes, classes + 1):
         raise ViewError(
-            f"expected class activation maps (B, {classes}, h, w), or {classes + 1} channels with the background last, got "
-            f"{tuple(maps.shape)}: name the layer that has a channel for each class"
+            f"expected class activation maps (B, {classes}, h, w), or {classes + 1} channels with the background last, "
+            f"got {tuple(maps.shape)}: name the layer that has a channel for each class"
         )
     return ActivationMaps(maps, background=maps.shape[1] > classes)
 

@@ -40,7 +40,7 @@ def refuse(student: nn.Module, teachers: Mapping[str, Teacher | EMATeacher | Onl
                 f"teacher {name!r} is the student itself: give a copy of it (copy.deepcopy), or EMATeacher() for its "
                 "running average"
             )
-        if isinstance(teacher, OnlineTeacher):
+        if isinstance(teacher, OnlineTeacher) and teacher.model is not None:
             _refuse_shared(student, name, teacher.model)
 
 

@@ -139,7 +139,7 @@ class OnlineTeacher:
     Distillers get its views with their graph: one that is not to change the teacher detaches them.
 
     Args:
-        model: the network; it is put in train mode with the wrapper.
+        model: the network; it is put in train mode with the wrapper. None: a copy of the student as it is wrapped.
         criterion: ``criterion(its output, targets) -> loss``, what it learns from; the loss bears the teacher's name.
         feed: what it is fed, as in ``Teacher``.
         targets: what its criterion gets, a function of the call's targets; these themselves unless given.
@@ -148,7 +148,7 @@ class OnlineTeacher:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None,
         criterion: Callable[[Any, Any], Tensor],
         feed: Feed | None = None,
         targets: Callable[[Any], Any] | None = None,

@@ -91,7 +91,9 @@ class DistilledModel(nn.Module):
         self.averages = nn.ModuleDict(
             {key_of(name): copy.deepcopy(student).requires_grad_(False).eval() for name in self._decays}
         )
-        self.online = nn.ModuleDict({key_of(name): t.model for name, t in self._online.items()})
+        self.online = nn.ModuleDict(
+            {key_of(name): copy.deepcopy(student) if t.model is None else t.model for name, t in self._online.items()}
+        )
         if device.type != "meta":
             self.online.to(device)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
@@ -264,7 +266,7 @@ class DistilledModel(nn.Module):
     def _online_loss(self, name: str, teacher: OnlineTeacher, outputs: Mapping[str, Any], targets: Any) -> Tensor:
         """What a teacher that is trained too learns from; 0 where it did not run, as nobody reads it any more."""
         if name not in outputs:
-            return self._nothing_from(teacher.model)
+            return self._nothing_from(self.online[key_of(name)])
         return scalar_loss(name, teacher.criterion(outputs[name], teacher.targets(targets)))
 
     def _without_targets(

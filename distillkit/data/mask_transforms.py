@@ -267,6 +267,7 @@ def _filled_up(parts: _Parts, window: Size, top: int, left: int, fill: tuple[int
 
 def _finished(parts: _Parts) -> MaskView:
     image = F.to_dtype(parts.image, torch.float32, scale=True).as_subclass(Tensor).contiguous()
+    image = image.clamp(0, 1)  # bicubic goes beyond what is there
     mask = None if parts.mask is None else parts.mask.as_subclass(Tensor).long()
     if parts.saliency is None:
         return MaskView(image, mask, None)

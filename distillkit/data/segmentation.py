@@ -232,11 +232,10 @@ class VocMasks(MaskFiles):
         super().__init__(str(path), names, records, label_table(len(names)), problems, transform=transform, seed=seed)
 
 
-def label_table(classes: int, first: int = 0) -> LabelTable:
-    """Of masks that store labels. first: the label that 0 in a file stands for."""
-    labels = {value: value + first for value in range(classes)} | {IGNORE: IGNORE}
+def label_table(classes: int) -> LabelTable:
+    """Of masks that store labels."""
     return LabelTable(
-        labels,
+        {value: value for value in (*range(classes), IGNORE)},
         f"0..{classes - 1} ({classes} classes) or {IGNORE} (not labelled)",
         "give the classes that these masks have, or make the masks again",
     )

@@ -55,12 +55,12 @@ class VocLabels(MaskFiles):
             no masks in the targets.
         images, transform, seed: as in ``VocMasks``.
 
-    Everything is found by name, nothing by its place in a list. A class list of a JSON file that has no background (as
-    of road scenes, where every pixel is something) names labels of masks from 0: they are counted on by one here, and
-    no pixel is background.
+    Everything is found by name, nothing by its place in a list. A class list of a JSON file that does not begin with
+    "background" says that 0 in a mask is a class (as in road scenes, where every pixel is something): such a set gives
+    labels, but no masks, as what activation maps make of it could not be compared with them.
 
     Raises:
-        DataError: see ``MaskFiles``; labels that are missing, cannot be read or are no class.
+        DataError: see ``MaskFiles``; labels that are missing, cannot be read or are no class; masks without background.
     """
 
     def __init__(
@@ -82,8 +82,11 @@ class VocLabels(MaskFiles):
         problems += findings.problems
         self.from_masks, self.shows_masks = labels == "masks", masks is not None
         file = _label_file(root, labels)
-        names, first, said = _classes_and_labels(file, classes, problems)
+        content = _content(file, problems)
+        names = _foreground(file, content, classes, problems)
         folder = masks if masks is not None else "SegmentationClass" if self.from_masks else None
+        if folder is not None and file is not None:
+            _check_background(file, content, problems)
         pictures = find_pictures(root / images, keys, str(path), problems)
         drawn = {} if folder is None else find(root / folder, keys, [".png"], str(path), problems)
         salient = {} if saliency is None else _saliency(root / saliency, keys, str(path), problems)
@@ -94,9 +97,13 @@ class VocLabels(MaskFiles):
         ]
         self.labels: np.ndarray | None = None
         if not self.from_masks:
-            found = _annotated(root, records, problems) if file is None else _said(file, said, records, problems)
+            found = (
+                _annotated(root, records, problems)
+                if file is None
+                else _said(file, content.get("labels"), records, problems)
+            )
             self.labels = _multi_hot(found, records, names, problems)
-        table = label_table(len(names) + 1 - first, first)
+        table = label_table(len(names) + 1)
         options = {"transform": transform, "seed": seed, "with_saliency": saliency is not None}
         super().__init__(str(path), names, records, table, problems, **options)
 
@@ -120,7 +127,8 @@ def label_classes(
     root: Path, classes: Sequence[str] | None, labels: str | Path | None, problems: list[Problem]
 ) -> list[str]:
     """The names of the foreground that ``VocLabels`` has with these arguments. No picture need be there."""
-    return _classes_and_labels(_label_file(root, labels), classes, problems)[0]
+    file = _label_file(root, labels)
+    return _foreground(file, _content(file, problems), classes, problems)
 
 
 def _list_of(root: Path, split: str) -> Path:
@@ -137,27 +145,37 @@ def _label_file(root: Path, labels: str | Path | None) -> Path | None:
     return file if file.is_file() else None
 
 
-def _classes_and_labels(
-    file: Path | None, classes: Sequence[str] | None, problems: list[Problem]
-) -> tuple[list[str], int, Any]:
-    """Names of the foreground, the label that 0 in a mask becomes (1: there is no background), and what a file says of
-    the pictures."""
-    content: Mapping[str, Any] = {}
-    if file is not None and file.suffix in (".npy", ".npz", ".pkl", ".pickle"):
+def _content(file: Path | None, problems: list[Problem]) -> Mapping[str, Any]:
+    if file is None:
+        return {}
+    if file.suffix in (".npy", ".npz", ".pkl", ".pickle"):
         what = "not read: such a file of labels can run code when it is opened (pickle)"
         problems.append(
             Problem(str(file), None, what, 'write JSON: {"classes": [...], "labels": {NAME: [class, ...]}}')
         )
-    elif file is not None:
-        content = read_json(file, problems) or {}
-    names, source, first = list(VOC_CLASSES), "classes", 0
-    if file is not None and "classes" in content:
-        names, source = class_names(content, file, problems), str(file)
-        first = 0 if names[:1] == [BACKGROUND] else 1
+        return {}
+    return read_json(file, problems) or {}
+
+
+def _foreground(
+    file: Path | None, content: Mapping[str, Any], classes: Sequence[str] | None, problems: list[Problem]
+) -> list[str]:
+    """The names given, else those of the file, else VOC's; without a background in front."""
+    names, source = list(VOC_CLASSES), "classes"
     if classes is not None:
-        names, source = list(classes), "classes"
+        names = list(classes)
+    elif file is not None and "classes" in content:
+        names, source = class_names(content, file, problems), str(file)
     names = names[1:] if names[:1] == [BACKGROUND] else names
-    return checked_classes(names, source, problems), first, content.get("labels")
+    return checked_classes(names, source, problems)
+
+
+def _check_background(file: Path, content: Mapping[str, Any], problems: list[Problem]) -> None:
+    names = content.get("classes")
+    if isinstance(names, list) and names and names[0] != BACKGROUND:
+        what = f"{names[0]!r} comes first, so that 0 in masks is {names[0]!r}; activation maps need 0 = {BACKGROUND!r}"
+        remedy = f"write {BACKGROUND!r} first if that is what 0 is in these masks, or do without masks"
+        problems.append(Problem(str(file), "classes", what, remedy))
 
 
 def _saliency(folder: Path, keys: Sequence[str], source: str, problems: list[Problem]) -> dict[str, Path]:

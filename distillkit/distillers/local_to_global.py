@@ -36,19 +36,20 @@ class LocalToGlobal(Distiller):
     The local network learns to classify the crops, each with all labels of its picture; its maps become the target
     (``losses.local_to_global.local_targets``). The student, the global network, learns from that alone: leave out
     ``criterion``, as a classification loss shrinks its attention to what tells classes apart best (the paper's
-    ablation). ``wrap(student, distillers=[LocalToGlobal(local=copy.deepcopy(student))])``, called as
-    ``model(pictures, labels)``. Any classifier whose last map has cells can be either: see ``ActivationMaps``.
+    ablation). ``wrap(student, distillers=[LocalToGlobal()])``, called as ``model(pictures, labels)``. Any classifier
+    whose last map has cells can be either: see ``ActivationMaps``.
 
     Args:
-        local: the local network, as a rule a copy of the student with the same pretrained weights. It is optimised,
-            reduced and saved with the wrapped model, and not with the student; its loss is named after ``teacher``.
+        local: the local network; None: a copy of the student with its (pretrained) weights, as in the paper. It is
+            optimised, reduced and saved with the wrapped model, and not with the student; its loss is named after
+            ``teacher``.
         crops: N of each picture.
         share: side of a crop as a share of the picture's: 320 of 448 pixels in the paper. Crops are not rescaled.
         corners: the first four crops are the corners, as in the published training on VOC.
         saliency: None: attention transfer alone. ``targets``: shape transfer with the maps that come with the targets,
-            {"labels": (B, C), "saliency": (B, 1, H, W) in 0..1}; where some pictures have none, "has_saliency" (B,) says
-            which, and those are taught attention alone. A function of the student's pictures that gives such maps: from
-            any model (``adapters.saliency.SaliencyModel``).
+            {"labels": (B, C), "saliency": (B, 1, H, W) in 0..1}. Where some pictures have none, "has_saliency" (B,)
+            says which have, and those without are taught attention alone. A function of the student's pictures
+            that gives such maps: from any model (``adapters.saliency.SaliencyModel``).
         threshold, empty_saliency: see ``losses.local_to_global.local_targets``.
         soft_background: as there: the COCO script's; not with ``saliency=None``.
         convention: ``default``: crops are taken uniformly from all places, and a cell of the crop is compared with the
@@ -76,7 +77,7 @@ class LocalToGlobal(Distiller):
 
     def __init__(
         self,
-        local: nn.Module,
+        local: nn.Module | None = None,
         crops: int = 4,
         share: float = 5 / 7,
         corners: bool = False,

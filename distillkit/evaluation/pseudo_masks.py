@@ -30,7 +30,7 @@ Rule = Literal["threshold", "saliency", "crf"]
 def pseudo_mask(
     maps: Tensor,
     rule: Rule = "threshold",
-    threshold: float = THRESHOLD,
+    threshold: float | None = None,
     saliency: Tensor | None = None,
     picture: Tensor | None = None,
     crf: DenseCRF | None = None,
@@ -38,19 +38,23 @@ def pseudo_mask(
 ) -> Tensor:
     """The mask by one of the rules ``threshold_mask``, ``saliency_mask`` and ``crf_mask``; arguments are theirs.
 
+    Args:
+        threshold: the background's strength, or that of the saliency; None: 0.25, or 0.5 of the saliency.
+
     Raises:
         ValueError: an unknown rule, or one without what it reads.
     """
+    strength = THRESHOLD if threshold is None else threshold
     if rule == "threshold":
-        return threshold_mask(maps, threshold)
+        return threshold_mask(maps, strength)
     if rule == "saliency":
         if saliency is None:
             raise ValueError("rule 'saliency' needs the picture's saliency map (H, W); without one use 'threshold'")
-        return saliency_mask(maps, saliency, threshold)
+        return saliency_mask(maps, saliency, 0.5 if threshold is None else threshold)
     if rule == "crf":
         if picture is None:
             raise ValueError("rule 'crf' needs the picture, uint8 (3, H, W)")
-        return crf_mask(maps, picture, threshold, crf, backend)
+        return crf_mask(maps, picture, strength, crf, backend)
     raise ValueError(f"rule must be 'threshold', 'saliency' or 'crf', got {rule!r}")
 
 

@@ -148,7 +148,8 @@ class Gates(nn.Module):
 
     ``a = relu(tanh(W2 relu(W1 v + b1) + b2))``, ``g = (a - min a) / (max a - min a + 1e-32)``. The best branch of a
     picture gets 1 and the worst 0; where no score is positive all get 0. In float32 also under autocast and for models
-    in half precision, where 1e-32 would be 0 and a picture without a positive score would get 0/0.
+    in half precision, where 1e-32 would be 0 and a picture without a positive score would get 0/0. As published, the
+    scores get no gradient from a picture in which none, or only one, is positive.
     """
 
     def __init__(self, branches: int):

@@ -34,7 +34,7 @@ RESNET38: dict[str, Any] = {
 
 
 class CamClassifier(nn.Module):
-    """Pictures (B, 3, H, W), normalised as ``pretrained_cfg`` says -> logits (B, C) of classes that may be there together.
+    """Pictures (B, 3, H, W), normalised as ``pretrained_cfg`` says -> logits (B, C), one yes or no for each class.
 
     Modules: ``backbone``; ``features``, through which its last map goes; ``fc8``; with ``pcm`` ``f8_3``, ``f8_4`` and
     ``pcm``; ``maps``, through which the maps (B, K, h, w) go: the C classes and, with ``background``, the background

@@ -74,9 +74,9 @@ class DeepLab(SegmentationModel):
 
         Returns:
             (B, C, H, W) logits; with ``multi_scale`` in train mode {"out": these, "scales": for each of the three sizes
-            (B, C, h, w) logits as the head gives them, at 4 pixels a cell for v3plus and ``output_stride`` for v2}. The
-            latter cover the padded picture: masks that are resized to them fit exactly where sides are multiples of
-            ``output_stride``.
+            (B, C, h, w) logits as the head gives them, at 4 pixels a cell for v3plus and ``output_stride`` for v2}.
+            Where the sides are no multiples of ``output_stride`` these cover more than the picture; they are then
+            brought to its pixels as well, so that masks of any size fit them.
         """
         padded, size = self.padded(pictures), pictures.shape[2:]
         if not self.multi_scale:
@@ -84,7 +84,10 @@ class DeepLab(SegmentationModel):
         scales = [self.head(self.features(self._scaled(padded, scale))) for scale in SCALES]
         greatest = torch.stack([resized(s, scales[0].shape[2:]) for s in scales]).amax(0)
         out = self.at_pixels(greatest, padded, size)
-        return {"out": out, "scales": scales} if self.training else out
+        if not self.training:
+            return out
+        fit = padded.shape == pictures.shape
+        return {"out": out, "scales": scales if fit else [self.at_pixels(s, padded, size) for s in scales]}
 
     def _scaled(self, padded: Tensor, scale: float) -> Tensor:
         """Pictures at ``scale``, their sides rounded to multiples of the output stride."""

@@ -43,9 +43,8 @@ class SegmentationModel(nn.Module):
             raise ValueError(f"num_classes is {num_classes}, expected 2 or more: count the background as a class")
         self.num_classes, self.output_stride, self.freeze_bn = num_classes, output_stride, freeze_bn
         self.backbone = dilated_backbone(backbone, output_stride, pretrained)
-        self.pretrained_cfg = {
-            key: timm.get_pretrained_cfg_value(backbone, key) for key in ("mean", "std", "input_size")
-        }
+        said = self.backbone.pretrained_cfg  # found by timm's old names too, unlike by timm.get_pretrained_cfg
+        self.pretrained_cfg = {key: said[key] for key in ("mean", "std", "input_size")}
 
     @property
     def strides(self) -> list[int]:

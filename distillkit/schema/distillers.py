@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from distillkit.located import said
-from distillkit.schema.base import Decay, NotNegative, Positive, Share, Strict
+from distillkit.schema.base import Count, Decay, NotNegative, Positive, Share, Strict
 
 
 class WeightSchedule(Strict):
@@ -294,6 +294,30 @@ class PairwiseKD(_FromTeacher):
     convention: Literal["default", "release"] = "default"
 
 
+class LocalToGlobal(_Distiller):
+    """The attention of a copy of the student that sees crops of the pictures, trained in the same step (L2G)."""
+
+    kind: Literal["local-to-global"]
+    crops: Count = 4
+    """Of each picture."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.7142857
+    """Side of a crop as a share of the picture's; crops are not rescaled."""
+    corners: bool = False
+    """The first four crops are the picture's corners, as published for VOC."""
+    saliency: bool = False
+    """Shape transfer: targets are cut to data.saliency."""
+    threshold: Share = 0.1
+    """With saliency: strength above which a class is part of the target; 0.001 as published for VOC."""
+    soft_background: bool = False
+    """With saliency: the background keeps its strength, as published for COCO."""
+    empty_saliency: Literal["attention", "zero"] | None = None
+    """Crops without saliency learn attention, as in the paper, or that no class is there, as in the release; null:
+    attention, and zero with convention: release."""
+    weight: Weight = WeightSchedule(value=10.0)
+    """30 as published for COCO, whose many channels share the mean."""
+    convention: Literal["default", "release"] = "default"
+
+
 class CustomDistiller(Strict):
     """A distiller that a package registered with `distillkit.register_distiller`."""
 
@@ -316,6 +340,10 @@ ClassDistiller = Annotated[
     | RelationalKD
     | FeatureImitation
     | CustomDistiller,
+    Field(discriminator="kind"),
+]
+WeakDistiller = Annotated[
+    LocalToGlobal | ClassLogitKD | FeatureImitation | AttentionTransfer | CustomDistiller,
     Field(discriminator="kind"),
 ]
 MaskDistiller = Annotated[

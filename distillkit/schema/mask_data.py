@@ -91,6 +91,8 @@ class VocMaskData(_Masks):
     of Pascal VOC."""
     masks: str = "SegmentationClass"
     """Folder of the masks, relative to root."""
+    train_masks: str | None = None
+    """Folder of the masks that are learned from where these are others, such as pseudo masks; null: `masks`."""
     images: str = "JPEGImages"
     """Folder of the pictures, relative to root."""
 

@@ -162,7 +162,7 @@ class CustomModel(Strict):
     checkpoint: str | None = None
 
 
-class _TeacherExtras(Strict):
+class TeacherExtras(Strict):
     dtype: Literal["bfloat16", "float16"] | None = None
     """Precision the frozen teacher runs in; null: as it is."""
     fold_bn: bool = False
@@ -171,35 +171,35 @@ class _TeacherExtras(Strict):
     """Train this model first. What is not said here is taken from the recipe's `train`; {} = all of it."""
 
 
-class GFLTeacher(GFLModel, _TeacherExtras):
+class GFLTeacher(GFLModel, TeacherExtras):
     __doc__ = GFLModel.__doc__
 
 
-class RotatedGFLTeacher(RotatedGFLModel, _TeacherExtras):
+class RotatedGFLTeacher(RotatedGFLModel, TeacherExtras):
     __doc__ = RotatedGFLModel.__doc__
 
 
-class RotatedRetinaTeacher(RotatedRetinaModel, _TeacherExtras):
+class RotatedRetinaTeacher(RotatedRetinaModel, TeacherExtras):
     __doc__ = RotatedRetinaModel.__doc__
 
 
-class NanoDetTeacher(NanoDetModel, _TeacherExtras):
+class NanoDetTeacher(NanoDetModel, TeacherExtras):
     __doc__ = NanoDetModel.__doc__
 
 
-class TimmTeacher(TimmModel, _TeacherExtras):
+class TimmTeacher(TimmModel, TeacherExtras):
     __doc__ = TimmModel.__doc__
 
 
-class DeepLabTeacher(DeepLabModel, _TeacherExtras):
+class DeepLabTeacher(DeepLabModel, TeacherExtras):
     __doc__ = DeepLabModel.__doc__
 
 
-class FANetTeacher(FANetModel, _TeacherExtras):
+class FANetTeacher(FANetModel, TeacherExtras):
     __doc__ = FANetModel.__doc__
 
 
-class CustomTeacher(CustomModel, _TeacherExtras):
+class CustomTeacher(CustomModel, TeacherExtras):
     __doc__ = CustomModel.__doc__
 
 

@@ -24,7 +24,7 @@ from distillkit.schema.data import (
     TarData,
     VocData,
 )
-from distillkit.schema.distillers import ClassDistiller, Distiller, MaskDistiller
+from distillkit.schema.distillers import ClassDistiller, Distiller, MaskDistiller, WeakDistiller
 from distillkit.schema.mask_data import MaskData
 from distillkit.schema.models import (
     ClassModel,
@@ -53,6 +53,17 @@ from distillkit.schema.models import (
     TimmTeacher,
 )
 from distillkit.schema.train import Train
+from distillkit.schema.weak import (
+    Cam,
+    CamModel,
+    CamTeacher,
+    EvaluateLabels,
+    LabelData,
+    Masks,
+    Segment,
+    WeakModel,
+    WeakTeacherModel,
+)
 
 
 class Evaluate(Strict):
@@ -223,15 +234,49 @@ class SegmentationRecipe(_Recipe):
         return (*self.SCORES, *(more if self.evaluate.metrics == "trans10k" else ()))
 
 
+class WeakRow(Row):
+    """One training run, and one row of the final table."""
+
+    masks: Literal["pseudo", "true"] = "pseudo"
+    """true: the segmentation model learns from the true masks, as an upper bound; the row needs no classifier then:
+    train: {epochs: 0}."""
+
+
+class WeakRecipe(_Recipe):
+    """A run for segmentation from image-level labels: activation maps, pseudo masks, a segmentation model."""
+
+    SCORES: ClassVar[tuple[str, ...]] = ("cam_miou", "mask_miou", "miou")
+
+    task: Literal["weak-segmentation"]
+    data: LabelData
+    teacher: WeakTeacherModel | None = None
+    teachers: dict[str, WeakTeacherModel] = {}
+    """Several teachers by name, instead of `teacher`."""
+    student: WeakModel
+    """The classifier whose activation maps are used."""
+    distillers: list[WeakDistiller] = []
+    cam: Cam = Cam()
+    masks: Masks = Masks()
+    segment: Segment | None = None
+    """null: a run ends with the activation maps."""
+    evaluate: EvaluateLabels = EvaluateLabels()
+    compare: list[Annotated[WeakRow, BeforeValidator(_worded, json_schema_input_type=str | WeakRow)]] = [
+        WeakRow(row="student", distillers="none"),
+        WeakRow(row="distilled"),
+    ]
+    """Rows of the final table: `student`, `distilled`, or a row with its own settings."""
+
+
 #: One more task is one more class here.
 TASKS: dict[str, type[_Recipe]] = {
     "detection": DetectionRecipe,
     "rotated-detection": RotatedRecipe,
     "classification": ClassificationRecipe,
     "segmentation": SegmentationRecipe,
+    "weak-segmentation": WeakRecipe,
 }
 BoxRecipe = DetectionRecipe | RotatedRecipe
-Recipe = BoxRecipe | ClassificationRecipe | SegmentationRecipe
+Recipe = BoxRecipe | ClassificationRecipe | SegmentationRecipe | WeakRecipe
 
 
 def recipe_type(raw: dict[str, Any]) -> type[_Recipe]:
@@ -262,7 +307,15 @@ def kinds(key: str) -> dict[str, tuple[str, list[str]]]:
 
 #: of any task
 AnyModel = (
-    GFLModel | NanoDetModel | RotatedGFLModel | RotatedRetinaModel | TimmModel | DeepLabModel | FANetModel | CustomModel
+    GFLModel
+    | NanoDetModel
+    | RotatedGFLModel
+    | RotatedRetinaModel
+    | TimmModel
+    | DeepLabModel
+    | FANetModel
+    | CamModel
+    | CustomModel
 )
 AnyTeacher = (
     GFLTeacher
@@ -272,9 +325,10 @@ AnyTeacher = (
     | TimmTeacher
     | DeepLabTeacher
     | FANetTeacher
+    | CamTeacher
     | CustomTeacher
 )
-AnyDistiller = Distiller | ClassDistiller | MaskDistiller
-AnyEvaluate = Evaluate | EvaluateClasses | EvaluateMasks
+AnyDistiller = Distiller | ClassDistiller | MaskDistiller | WeakDistiller
+AnyEvaluate = Evaluate | EvaluateClasses | EvaluateMasks | EvaluateLabels
 AnyClassData = FolderData | CifarData | TarData | DigitData | CustomClassData
 BoxData = CocoData | VocData | SceneData | DotaData | HrscData | CustomData

@@ -93,7 +93,7 @@ class CamModel(Strict):
 
 
 class CamTeacher(CamModel, TeacherExtras):
-    """A CAM classifier as teacher."""
+    __doc__ = CamModel.__doc__
 
 
 WeakTeacherModel = Annotated[CamTeacher | TimmTeacher | CustomTeacher, Field(discriminator="kind")]

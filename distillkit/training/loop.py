@@ -157,6 +157,8 @@ class Run:
         checkpoint.seed_everything(job.seed + self.accelerator.process_index)
 
         self.core = job.model
+        if job.train.channels_last:
+            self.core.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = build_optimizer(self.core, job.train.optimizer)
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self.model, self.optimizer = self.accelerator.prepare(self.core, optimizer)
@@ -287,7 +289,7 @@ class Run:
     def _train_mode(self) -> None:
         self.core.train()
         if self.job.train.freeze_bn:
-            for module in self.student.modules():
+            for module in (*self.student.modules(), *self.core.online.modules()):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
 

@@ -67,12 +67,18 @@ def pictures(samples: Sequence[Sample], models: Mapping[str, nn.Module], classes
         rows.append(beside([titled(_enlarged(panel), name) for name, panel in panels.items()]))
     named = [(colour(label), classes[label]) for label in sorted(seen - {IGNORE})]
     rows.append(_legend(named, max(row.width for row in rows)))
-    sheet = Image.new("RGB", (rows[-1].width, sum(row.height + GAP for row in rows)), "white")
+    return sheet(rows)
+
+
+def sheet(rows: Sequence[Image.Image]) -> Image.Image:
+    """Pictures below each other."""
+    height = sum(row.height + GAP for row in rows)
+    whole = Image.new("RGB", (max(row.width for row in rows), height), "white")
     top = 0
     for row in rows:
-        sheet.paste(row, (0, top))
+        whole.paste(row, (0, top))
         top += row.height + GAP
-    return sheet
+    return whole
 
 
 def by_class(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figure:

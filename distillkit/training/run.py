@@ -169,6 +169,7 @@ class Jobs:
         train = recipes.train_of(self.recipe, row.train)
         minutes = self._fit(row.row, folder, model, train, row.distillers, teachers)
         self._judge(row.row, folder, model, minutes)
+        self.table[-1] |= task_of(self.recipe).further(self, row, model)
         return model
 
     def _folder(self, name: str, below: str) -> Path:

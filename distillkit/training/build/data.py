@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from distillkit.schema import Recipe
-from distillkit.training.build import box_data, class_data, mask_data
+from distillkit.training.build import box_data, class_data, label_data, mask_data
 from distillkit.training.build.classes import Classes
 
 #: the module that reads the data of a task: ``build(recipe, split, augmented)`` and ``classes_of(recipe)``
@@ -14,6 +14,7 @@ _READERS: dict[str, Any] = {
     "rotated-detection": box_data,
     "classification": class_data,
     "segmentation": mask_data,
+    "weak-segmentation": label_data,
 }
 
 

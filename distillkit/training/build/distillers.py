@@ -27,6 +27,7 @@ from distillkit.distillers.dkd import DKD
 from distillkit.distillers.feature_imitation import FeatureImitation
 from distillkit.distillers.hard_token import HardToken
 from distillkit.distillers.ld import LD
+from distillkit.distillers.local_to_global import LocalToGlobal, classification_loss
 from distillkit.distillers.logit_kd import LogitKD
 from distillkit.distillers.pairwise_kd import PairwiseKD
 from distillkit.distillers.pixel_kd import PixelKD
@@ -99,6 +100,9 @@ def _distiller(config: schema.AnyDistiller, recipe: Recipe, classes: int, calls:
         if isinstance(recipe, schema.ClassificationRecipe) and keys.get("smoothing", 0) is None:
             keys["smoothing"] = recipe.smoothing
         return BY_KEYS[type(config)](**keys, weight=weight)
+    if isinstance(config, schema.LocalToGlobal):
+        keys = config.model_dump(exclude={"kind", "weight", "saliency"})
+        return LocalToGlobal(saliency="targets" if config.saliency else None, **keys, weight=weight)
     if isinstance(config, schema.LogitKD):
         return LogitKD(
             region=_region(config),
@@ -154,6 +158,8 @@ def build_wrapped(
         return _classifier(recipe, student, chosen, distillers)
     if isinstance(recipe, schema.SegmentationRecipe):
         return _segmenter(recipe, student, chosen, distillers)
+    if isinstance(recipe, schema.WeakRecipe):
+        return _weak_classifier(student, chosen, distillers)
     return wrap(student, chosen, distillers)
 
 
@@ -179,6 +185,16 @@ def _segmenter(
     adapter = adapter_for(student, Segmenter())
     adapter.norm = adapter.norm or moments(student)  # what batches are normalised with
     return wrap(student, teachers, distillers, SegmentationLoss(**recipe.loss.model_dump()), adapter=adapter)
+
+
+def _weak_classifier(
+    student: nn.Module, teachers: Mapping[str, Teacher], distillers: Sequence[Distiller]
+) -> DistilledModel:
+    own = any(distiller.is_task for distiller in distillers)
+    criterion = None if own else lambda output, targets: classification_loss(output, targets["labels"])
+    adapter = adapter_for(student)
+    adapter.norm = adapter.norm or moments(student)  # what batches are normalised with
+    return wrap(student, teachers, distillers, criterion, adapter=adapter)
 
 
 class CrossEntropy:

@@ -27,7 +27,8 @@ def build(recipe: SegmentationRecipe, split: str, augmented: bool) -> Any:
     how: dict[str, Any] = {"transform": _augment(recipe) if augmented else build_resize(data), "seed": recipe.seed}
     match data:
         case schema.VocMaskData():
-            return VocMasks(data.root, source, data.classes, data.masks, data.images, **how)
+            masks = data.train_masks if augmented and data.train_masks is not None else data.masks
+            return VocMasks(data.root, source, data.classes, masks, data.images, **how)
         case schema.CocoSemanticData():
             files = data.images, data.masks, data.names
             return CocoSemantic(data.root, source, data.categories, data.others, *files, **how)

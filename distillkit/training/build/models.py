@@ -15,6 +15,7 @@ from distillkit import recipe as recipes
 from distillkit.adapters import with_adapter
 from distillkit.core.adapter import Adapter
 from distillkit.models.backbones import classifier, explain_mismatch, read_weights
+from distillkit.models.cam import CamClassifier
 from distillkit.models.deeplab import DeepLab
 from distillkit.models.fanet import FANet
 from distillkit.models.gfl import GFL, load_openmmlab
@@ -50,6 +51,8 @@ def build_model(config: schema.AnyModel, classes: int, evaluate: schema.AnyEvalu
         model = DeepLab(classes, **config.model_dump(include=_keys(schema.DeepLabModel)))
     elif isinstance(config, schema.FANetModel):
         model = FANet(classes, **config.model_dump(include=_keys(schema.FANetModel)))
+    elif isinstance(config, schema.CamModel):
+        model = CamClassifier(classes, **config.model_dump(include=_keys(schema.CamModel)))
     elif isinstance(config, schema.TimmModel):
         model = classifier(config.model, classes, config.pretrained, **config.options)
     else:

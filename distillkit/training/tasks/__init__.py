@@ -26,6 +26,7 @@ _MODULES = {
     "rotated-detection": "detection",
     "classification": "classification",
     "segmentation": "segmentation",
+    "weak-segmentation": "weak_segmentation",
 }
 
 #: (what is being done, how much of it is done, how much there is)
@@ -140,6 +141,12 @@ class Task(Protocol):
 
     def doubts(self, recipe: Any) -> Iterator[tuple[str, str]]:
         """(place in the recipe, what) of settings that are right, and seldom meant."""
+
+    def further(self, jobs: Any, row: Any, model: nn.Module) -> dict[str, Any]:
+        """What a run does with a row's trained model beside judging it, and what of the table's row that changes.
+
+        jobs: the run's ``Jobs``.
+        """
 
     def figures(self, recipe: Any, trained: Trained) -> Iterator[Section]:
         """The sections of a report behind the curves."""

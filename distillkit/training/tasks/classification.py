@@ -98,6 +98,11 @@ def doubts(recipe: ClassificationRecipe) -> Iterator[tuple[str, str]]:
     yield from ()
 
 
+def further(jobs: Any, row: Any, model: nn.Module) -> dict[str, Any]:
+    """Nothing."""
+    return {}
+
+
 def figures(recipe: ClassificationRecipe, trained: Trained) -> Iterator[Section]:
     split, data = recipe.evaluate.split, trained.data
     scores = {job: checkpoint.read_json(path / f"scores-{split}.json") for job, path in trained.jobs.items()}

@@ -42,6 +42,7 @@ __all__ = [
     "exported",
     "figures",
     "find",
+    "further",
     "judge",
     "predict",
     "read_files",
@@ -147,6 +148,11 @@ def doubts(recipe: BoxRecipe) -> Iterator[tuple[str, str]]:
 
 
 # -- report -----------------------------------------------------------------------------------------------------------
+
+
+def further(jobs: Any, row: Any, model: nn.Module) -> dict[str, Any]:
+    """Nothing."""
+    return {}
 
 
 def figures(recipe: BoxRecipe, trained: Trained) -> Iterator[Section]:

@@ -37,6 +37,7 @@ __all__ = [
     "exported",
     "figures",
     "find",
+    "further",
     "judge",
     "predict",
     "read_files",
@@ -135,6 +136,11 @@ def doubts(recipe: SegmentationRecipe) -> Iterator[tuple[str, str]]:
 
 
 # -- report and export ------------------------------------------------------------------------------------------------
+
+
+def further(jobs: Any, row: Any, model: nn.Module) -> dict[str, Any]:
+    """Nothing."""
+    return {}
 
 
 def figures(recipe: SegmentationRecipe, trained: Trained) -> Iterator[Section]:
