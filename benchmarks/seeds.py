@@ -29,7 +29,7 @@ from torch import nn
 
 from benchmarks.machine import processor, table
 from distillkit import schema
-from distillkit.recipe import load, slug, student_of, train_of
+from distillkit.recipe import load, slug, student_of, taught_by, train_of
 from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint, metrics
 from distillkit.training.folder import alone_in, open_folder, versions
@@ -37,12 +37,18 @@ from distillkit.training.run import Jobs
 
 RESULTS = Path(__file__).parent / "results"
 #: scores whose difference to the first row is shown, by the task's first score
-PAIRED = {"AP": ("AP", "AP75"), "top1": ("top1",), "miou": ("miou", "boundary_iou")}
+PAIRED = {
+    "AP": ("AP", "AP75"),
+    "top1": ("top1",),
+    "miou": ("miou", "boundary_iou"),
+    "cam_miou": ("cam_miou", "mask_miou", "miou"),
+}
 #: tables of each class: title, key of a line, key in the scores of a class
 OF_CLASS = {
     "AP": (("AP", "classes", "ap"), ("AP50", "classes50", "ap50")),
     "top1": (("Recall", "classes", "recall"),),
     "miou": (("IoU", "classes", "iou"), ("Boundary IoU", "boundaries", "boundary_iou")),
+    "cam_miou": (("IoU of the activation maps", "classes", "iou"),),
 }
 #: steps at the end of a training over which its losses are averaged
 LAST = 50
@@ -158,10 +164,12 @@ class Bench:
 def cell(recipe: Recipe, row: schema.Row, seed: int) -> str:
     """The name of a cell: the row, the seed, and a digest of all that its numbers come from, except the code."""
     made_by: list[Any] = [
-        *_common(recipe),
+        *_common(taught_by(recipe, row.data)),
         _changed(student_of(recipe, row.student)),
         _changed(train_of(recipe, row.train)),
     ]
+    if getattr(row, "masks", "pseudo") != "pseudo":
+        made_by.append(row.masks)  # type: ignore[attr-defined]
     if chosen := chosen_by(recipe, row):
         made_by += [*map(_changed, chosen), teacher_cell(recipe)]
     return f"{slug(row.row)}-{seed}-{_digest(made_by)}"
@@ -181,13 +189,13 @@ def teacher_cell(recipe: Recipe) -> str:
 
 def _common(recipe: Recipe) -> list[Any]:
     """What all cells of a recipe have in common."""
-    smoothing, loss = getattr(recipe, "smoothing", 0.0), getattr(recipe, "loss", None)
-    changed_loss = _changed(loss) if loss is not None else {}
+    smoothing = getattr(recipe, "smoothing", 0.0)
+    blocks = [getattr(recipe, name, None) for name in ("loss", "cam", "masks", "segment")]
     return [
-        _changed(recipe.data, {"root", "workers"}),  # the same data elsewhere are the same
+        _changed(recipe.data, {"root", "workers", "saliency"}),  # the same data elsewhere are the same
         _changed(recipe.evaluate),
         *([smoothing] if smoothing else []),
-        *([changed_loss] if changed_loss else []),
+        *(changed for block in blocks if block is not None and (changed := _changed(block))),
     ]
 
 
@@ -229,15 +237,22 @@ def _overall(lines: list[dict[str, Any]], first: list[dict[str, Any]], scores: S
     """The cells of a row after its name; ``first``: the lines it is compared with, seed by seed."""
     others = {line["seed"]: line for line in first}
     pairs = [(line, others[line["seed"]]) for line in lines if line["seed"] in others]
-    gains = [_spread([a[score] - b[score] for a, b in pairs], "+.1f") if pairs else "" for score in PAIRED[scores[0]]]
-    numbers = [_spread([line[score] for line in lines]) for score in scores]
+    gains = [
+        _spread(known, "+.1f") if (known := [a[s] - b[s] for a, b in pairs if min(a[s], b[s]) >= 0]) else ""
+        for s in PAIRED[scores[0]]
+    ]
+    numbers = [_known([line[score] for line in lines]) for score in scores]
     return [str(len(lines)), *numbers, *gains, *([_ratios(lines)] if "AP" in scores else [])]
 
 
 def _by_class(lines: list[dict[str, Any]], key: str, classes: list[str]) -> list[str]:
-    """ "-" for a class that there is nothing to say of."""
-    known = [[line[key][name] for line in lines if line[key][name] >= 0] for name in classes]
-    return [_spread(values) if values else "-" for values in known]
+    return [_known([line[key][name] for line in lines]) for name in classes]
+
+
+def _known(values: list[float]) -> str:
+    """Of scores; "-" where there is nothing to say of (-1)."""
+    known = [value for value in values if value >= 0]
+    return _spread(known) if known else "-"
 
 
 def _ratios(lines: list[dict[str, Any]]) -> str:

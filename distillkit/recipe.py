@@ -36,6 +36,14 @@ def student_of(recipe: Recipe, changes: dict[str, Any]) -> Any:
     return TypeAdapter(block(recipe, "student")).validate_python(merged(recipe.student.model_dump(), changes))
 
 
+def taught_by(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """The recipe with the changes of a row in its `data`: what the row is trained on."""
+    if not changes:
+        return recipe
+    data = TypeAdapter(block(recipe, "data")).validate_python(merged(recipe.data.model_dump(), changes))
+    return recipe.model_copy(update={"data": data})
+
+
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -170,9 +178,12 @@ def _wrong_task(raw: dict[str, Any]) -> Iterator[Wrong]:
 
 
 def _wrong_changes(raw: dict[str, Any]) -> Iterator[Wrong]:
-    """In what rows and teachers change of `train` and `student`: what is wrong with the changed block only."""
+    """In what rows and teachers change of `train`, `student` and `data`: what is wrong with the changed block only."""
     student, models = raw.get("student"), block(recipe_type(raw), "student")
     for i, row in _mappings(raw.get("compare")):
+        yield from _wrong_change(
+            block(recipe_type(raw), "data"), raw.get("data"), row.get("data"), ("compare", i, "data")
+        )
         yield from _wrong_change(Train, raw["train"], row.get("train"), ("compare", i, "train"))
         yield from _wrong_change(models, student, row.get("student"), ("compare", i, "student"))
     for keys, teacher in _teachers(raw):

@@ -85,6 +85,8 @@ class Row(Strict):
     """all, none, or names of distillers."""
     student: dict[str, Any] = {}
     """Keys of `student` that are different in this row."""
+    data: dict[str, Any] = {}
+    """Keys of `data` that are different in what this row is trained on; it is judged like the others."""
     train: dict[str, Any] = {}
     """Keys of `train` that are different in this row."""
 

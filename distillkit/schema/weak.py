@@ -123,7 +123,9 @@ class Masks(Strict):
     rule: Literal["threshold", "saliency", "crf"] = "threshold"
     """threshold: the strongest class where it is above it. saliency: the strongest class where the saliency map is
     above it. crf: the strongest class after a dense CRF, which starts from the maps and the threshold."""
-    threshold: Share = 0.25
+    threshold: Share | None = 0.25
+    """Of the maps, or with rule: saliency of the saliency map; null: the one of cam.thresholds that scores best on the
+    val split, in a run."""
 
 
 class SegmentData(Strict):

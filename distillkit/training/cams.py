@@ -87,6 +87,10 @@ def cam(
         how many pictures this process has made files of.
     """
     size = recipe.cam.size
+    if recipe.masks.threshold is None:
+        raise RunError(
+            "masks.threshold is null, which a run chooses on its val split: give it, as in masks.threshold=0.2"
+        )
     if images:
         named = [path for path, _ in named_pictures(images, folder / "masks")]
         check_headers(named)

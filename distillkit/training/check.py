@@ -198,17 +198,19 @@ def _rehearsed(
     recipe: Recipe, step: Planned, teachers: Mapping[str, nn.Module], data: Mapping[str, build.DetectionData]
 ) -> Iterator[Finding]:
     """Build the model and make one step forward and back, as training does, from the same first weights; score it."""
-    check_settings(step.train, len(data["train"]), recipe.data.batch, drop_last(recipe))
-    classes = len(data["train"].classes)
+    taught = step.recipe
+    train = data["train"] if taught is recipe else build.build_data(taught, "train", augmented=True)
+    check_settings(step.train, len(train), taught.data.batch, drop_last(recipe))
+    classes = len(train.classes)
     checkpoint.seed_everything(recipe.seed)
     model = build.build_model(step.model, classes, recipe.evaluate)
     distillers = build.build_distillers(recipe, step.distillers, classes, step.train)
-    items = [data["train"][0, i] for i in range(min(task_of(recipe).DRY, recipe.data.batch, len(data["train"])))]
+    items = [train[0, i] for i in range(min(task_of(recipe).DRY, taught.data.batch, len(train)))]
     wrapped = build.build_wrapped(recipe, model, teachers, distillers)
     try:
         check_optimizer(step, wrapped)
         wrapped.train()
-        how = batches(recipe, model, classes)
+        how = batches(taught, model, classes)
         pictures, targets = how.get("collate", collate)(items)
         if prepare := how.get("prepare"):
             pictures, targets = prepare(pictures, targets)

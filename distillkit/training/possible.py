@@ -26,6 +26,7 @@ class Planned:
         folder: its folder in the run folder.
         model, train: its blocks, with its own changes.
         distillers: all, none, or names.
+        recipe: with the data that it is trained on.
     """
 
     where: str
@@ -33,6 +34,7 @@ class Planned:
     model: schema.AnyModel
     train: schema.Train
     distillers: Literal["all", "none"] | list[str]
+    recipe: Recipe
 
 
 def teacher_place(name: str) -> str:
@@ -45,10 +47,11 @@ def planned(recipe: Recipe) -> Iterator[Planned]:
     for name, config in build.teacher_configs(recipe).items():
         if config.train is not None and config.checkpoint is None:
             train = recipes.train_of(recipe, config.train)
-            yield Planned(teacher_place(name), build.teacher_folder(name), config, train, "none")
+            yield Planned(teacher_place(name), build.teacher_folder(name), config, train, "none", recipe)
     for i, row in enumerate(recipe.compare):
         model, train = recipes.student_of(recipe, row.student), recipes.train_of(recipe, row.train)
-        yield Planned(f"compare.{i} ({row.row})", recipes.slug(row.row), model, train, row.distillers)
+        taught = recipes.taught_by(recipe, row.data)
+        yield Planned(f"compare.{i} ({row.row})", recipes.slug(row.row), model, train, row.distillers, taught)
 
 
 def check_teacher(where: str, config: schema.AnyTeacher, classes: int) -> None:

@@ -147,7 +147,7 @@ class Jobs:
         check_submission(self.recipe, self.judged)
         for step in steps:
             try:
-                check_settings(step.train, len(self.train), self.recipe.data.batch, drop_last(self.recipe))
+                check_settings(step.train, len(self.train), step.recipe.data.batch, drop_last(self.recipe))
                 check_optimizer(step, self._model(step.model))
             except RunError as error:
                 raise RunError(f"{step.where}: {error}") from error
@@ -167,7 +167,7 @@ class Jobs:
         model = self._model(recipes.student_of(self.recipe, row.student))
         folder = self._folder(row.row, recipes.slug(row.row))
         train = recipes.train_of(self.recipe, row.train)
-        minutes = self._fit(row.row, folder, model, train, row.distillers, teachers)
+        minutes = self._fit(row.row, folder, model, train, row.distillers, teachers, row.data)
         self._judge(row.row, folder, model, minutes)
         self.table[-1] |= task_of(self.recipe).further(self, row, model)
         return model
@@ -191,10 +191,14 @@ class Jobs:
         train: schema.Train,
         distillers: Any,
         teachers: Mapping[str, nn.Module],
+        changes: dict[str, Any] | None = None,
     ) -> float | None:
-        """Train ``model`` unless it was; it holds its final weights afterwards. The minutes; None without epochs."""
+        """Train ``model`` unless it was; it holds its final weights afterwards. The minutes; None without epochs.
+
+        changes: in the recipe's data, of what it is trained on.
+        """
         if not (folder / "result.json").exists():
-            data = self.recipe.data
+            taught = recipes.taught_by(self.recipe, changes or {})
             wrapped = build.build_wrapped(
                 self.recipe, model, teachers, build.build_distillers(self.recipe, distillers, self.classes, train)
             )
@@ -202,15 +206,15 @@ class Jobs:
                 name=name,
                 folder=folder,
                 model=wrapped,
-                data=self.train,
+                data=build.build_data(taught, "train", augmented=True) if changes else self.train,
                 evaluate=lambda student: plain(score(self.recipe, student, self.val)),
                 train=train,
                 seed=self.recipe.seed,
-                batch=data.batch,
-                workers=data.workers,
+                batch=taught.data.batch,
+                workers=taught.data.workers,
                 resume=self.command,
                 score=self.recipe.SCORES[0],
-                **batches(self.recipe, model, self.classes),
+                **batches(taught, model, self.classes),
             )
             try:
                 fit(job, self.console)

@@ -64,9 +64,8 @@ def _pseudo_masks(jobs: Jobs, row: WeakRow, model: nn.Module, folder: Path) -> f
     recipe: WeakRecipe = jobs.recipe  # type: ignore[assignment]
     data = build.build_data(recipe, "train", augmented=False)
     with scoring(f"{row.row}: pseudo masks", len(data), jobs.console) as progress:
-        write_cams(
-            model, data, data.classes, folder, recipe.cam, recipe.masks, workers=recipe.data.workers, progress=progress
-        )
+        how = _masks_of(recipe, jobs.folders[row.row])
+        write_cams(model, data, data.classes, folder, recipe.cam, how, workers=recipe.data.workers, progress=progress)
     path = folder / "scores.json"
     if processes().is_main_process and not path.exists():
         confusion = masks_against_truth(folder, data, data.classes)
@@ -74,6 +73,14 @@ def _pseudo_masks(jobs: Jobs, row: WeakRow, model: nn.Module, folder: Path) -> f
         checkpoint.write_json(path, {"miou": mean_known(ious), "iou": ious.tolist()})
     processes().wait_for_everyone()
     return checkpoint.read_json(path)["miou"]
+
+
+def _masks_of(recipe: WeakRecipe, folder: Path) -> schema.Masks:
+    """As the recipe says, with the threshold that was best on val where it names none."""
+    if recipe.masks.threshold is not None:
+        return recipe.masks
+    best = checkpoint.read_json(folder / "result.json")["scores"]["cam_threshold"]
+    return recipe.masks.model_copy(update={"threshold": best})
 
 
 def _ious(confusion: np.ndarray) -> np.ndarray:
@@ -159,7 +166,8 @@ def _cams(recipe: WeakRecipe, samples: list[mask_figures.Sample], trained: Train
             maps = class_maps(model, image.to(device), target["labels"], recipe.cam.scales, recipe.cam.flip, size=size)
             main = _largest(truth, target["labels"])
             panels.append(draw_class_map(image, maps[main], f"{name}: {trained.data.classes[main]}"))
-            panels.append(draw_mask(image, pseudo_mask(maps.cpu(), threshold=recipe.masks.threshold), "its mask"))
+            threshold = _masks_of(recipe, trained.jobs[name]).threshold
+            panels.append(draw_mask(image, pseudo_mask(maps.cpu(), threshold=threshold), "its mask"))
         lines.append(beside(panels))
     return mask_figures.sheet(lines)
 
