@@ -163,7 +163,7 @@ def test_what_its_pictures_are_normalised_with():
         ("resnet38", {"output_stride": 16}, "output_stride 8, not 16"),
         ("resnetto", {}, "'resnetto' is not a timm model"),
         ("test_vit", {"pcm": True}, r"maps at strides \[16\] only, .* set pcm=False"),
-        ("test_vit", {"output_stride": 8}, "cannot be made with output_stride=8"),
+        ("test_vit", {"output_stride": 8}, "cannot dilate this family to output_stride=8"),
         ("test_resnet", {"output_stride": 4}, "output_stride=4"),
     ],
 )

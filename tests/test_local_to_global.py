@@ -246,7 +246,7 @@ def test_local_network_is_a_registered_child_and_not_part_of_the_student():
 
 
 def test_both_networks_learn():
-    model, local = wrapped(crops=3, share=0.5)
+    model, _ = wrapped(crops=3, share=0.5)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     x, labels = pictures(4)
     first = last = None
@@ -312,7 +312,7 @@ def test_classes_of_single_label_pictures():
 
 def test_a_step_that_fails_leaves_nothing():
     model, _ = wrapped(saliency="targets")
-    with pytest.raises(ViewError, match="reads maps .* that come with the targets"):
+    with pytest.raises(ViewError, match=r"reads maps .* that come with the targets"):
         model(*pictures())
     x, labels = pictures()
     with pytest.raises(ViewError, match=r"saliency maps are \(2, 1, 28, 28\), expected \(2, 1, 56, 56\)"):

@@ -29,7 +29,7 @@ from distillkit.training.check import check
 from distillkit.training.errors import RunError
 from distillkit.training.evaluate import evaluate
 from distillkit.training.export import export
-from distillkit.training.mask_figures import PALETTE, as_picture, colour, overlay
+from distillkit.training.mask_figures import overlay
 from distillkit.training.metrics import read
 from distillkit.training.optim import learning_rate_factor
 from distillkit.training.predict import predict
@@ -539,17 +539,6 @@ def test_poly_falls_to_0_with_the_power_of_what_is_left():
 def test_a_poly_schedule_may_be_written_without_a_warm_up():
     read_back = load("quickstart", ["train.schedule={kind: poly, warmup: 0}"]).train.schedule
     assert (read_back.kind, read_back.power) == ("poly", 0.9)
-
-
-def test_the_palette_is_that_of_pascal_voc():
-    known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 3: (128, 128, 0), 8: (64, 0, 0), 15: (192, 128, 128)}
-    assert {label: colour(label) for label in known} == known
-    assert colour(20) == (0, 64, 128)
-    assert colour(255) == (224, 224, 192)
-    labels = torch.tensor([[0, 5], [255, 1]])
-    picture = as_picture(labels)
-    assert np.array(picture).tolist() == labels.tolist()
-    assert picture.convert("RGB").getpixel((1, 0)) == tuple(PALETTE[5].tolist())
 
 
 def test_an_overlay_leaves_ignored_pixels_as_they_are():

@@ -47,6 +47,28 @@ def backbone(name: str, strides: Sequence[int], pretrained: bool | str | Path = 
         raise _unfetched(f"backbone {name!r}", error) from error
 
 
+def dilated(name: str, features: Any, output_stride: int) -> Any:
+    """The maps of ``features``, a ``backbone`` called ``name``, with the same weights, of a network whose later strides
+    have become dilation, so that none is coarser than ``output_stride`` pixels a cell.
+
+    Raises ValueError for a family that timm cannot dilate so.
+    """
+    indices, coarsest = features.feature_info.out_indices, features.feature_info.reduction()[-1]
+    try:
+        fine: Any = timm.create_model(name, features_only=True, out_indices=indices, output_stride=output_stride)
+        reached = fine.feature_info.reduction()[-1]
+    except (TypeError, ValueError, AssertionError, NotImplementedError):  # how timm's families refuse
+        reached = None
+    if reached != output_stride:
+        raise ValueError(
+            f"backbone {name!r}: timm cannot dilate this family to output_stride={output_stride}. Set output_stride="
+            f"{coarsest}, its own, or take one of a family that can be dilated, such as resnet, resnetv2, regnet, "
+            "convnext, efficientnet or mobilenetv3"
+        )
+    fine.load_state_dict(features.state_dict())
+    return fine
+
+
 def classifier(name: str, classes: int | None, pretrained: bool | str | Path = False, **options: Any) -> Any:
     """A classifier of timm, those of distillkit among them.
 

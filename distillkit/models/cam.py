@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distillkit.models.backbones import backbone as make_backbone
-from distillkit.models.backbones import parameters_up_to
+from distillkit.models.backbones import dilated, parameters_up_to
 from distillkit.models.pixel_correlation import PixelCorrelation
 from distillkit.models.resnet38 import WIDTHS, ResNet38
 
@@ -148,7 +148,7 @@ def _timm(name: str, pretrained: bool | str | Path, output_stride: int | None, m
         )
     features = make_backbone(name, strides or [32], pretrained)
     if output_stride is not None and output_stride != strides[-1]:
-        features = _dilated(name, features, output_stride)
+        features = dilated(name, features, output_stride)
     if frozen:
         first = set(parameters_up_to(features, 1))
         for key, parameter in features.named_parameters():
@@ -163,22 +163,3 @@ def _strides(name: str) -> list[int]:
     with torch.device("meta"):
         made: Any = timm.create_model(name, features_only=True)
     return sorted(set(made.feature_info.reduction()))
-
-
-def _dilated(name: str, features: Any, output_stride: int) -> Any:
-    """The same maps, with the same weights, of a network whose later strides have become dilation."""
-    indices = features.feature_info.out_indices
-    try:
-        dilated: Any = timm.create_model(name, features_only=True, out_indices=indices, output_stride=output_stride)
-    except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"backbone {name!r} cannot be made with output_stride={output_stride} ({type(error).__name__}: {error}); "
-            "leave output_stride out, or take a ResNet, whose strides can become dilation (8, 16)"
-        ) from error
-    if (reached := dilated.feature_info.reduction()[-1]) != output_stride:
-        raise ValueError(
-            f"backbone {name!r} with output_stride={output_stride} has a last map of stride {reached}; its strides are "
-            "8, 16 and 32, of which the last can become dilation"
-        )
-    dilated.load_state_dict(features.state_dict())
-    return dilated

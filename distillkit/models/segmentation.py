@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import timm
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distillkit.models.backbones import backbone as make_backbone
+from distillkit.models.backbones import dilated
 
 STRIDES = (4, 8, 16, 32)  # pixels per cell of a backbone's maps before any of its stages is dilated
 OUTPUT_STRIDES = (8, 16, 32)
@@ -100,18 +100,7 @@ def dilated_backbone(name: str, output_stride: int, pretrained: bool | str | Pat
         return plain
     if coarsest < output_stride:
         raise ValueError(f"backbone {name!r} is never coarser than {coarsest} pixels a cell: output_stride={coarsest}")
-    try:
-        dilated: Any = timm.create_model(
-            name, features_only=True, out_indices=plain.feature_info.out_indices, output_stride=output_stride
-        )
-    except (TypeError, AssertionError) as error:  # how timm's families refuse: an unknown argument, or an assert
-        raise ValueError(
-            f"backbone {name!r}: timm cannot dilate this family to output_stride={output_stride}. Set output_stride="
-            f"{coarsest}, its own, or take one of a family that can be dilated, such as resnet, resnetv2, regnet, "
-            "convnext, efficientnet or mobilenetv3"
-        ) from error
-    dilated.load_state_dict(plain.state_dict())
-    return dilated
+    return dilated(name, plain, output_stride)
 
 
 def resized(maps: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:

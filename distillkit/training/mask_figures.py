@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from distillkit.evaluation.cam_drawing import voc_palette
 from distillkit.evaluation.classes import normalised
 from distillkit.evaluation.draw import GAP, SIDE, TEXT, beside, titled
 from distillkit.evaluation.predict import evaluating
@@ -22,25 +23,7 @@ SHOWN, STRENGTH = 4, 0.6
 Sample = tuple[Tensor, dict[str, Any]]
 
 
-def colour(label: int) -> tuple[int, int, int]:
-    """Of a label, as in the palette of Pascal VOC: its bits, from the lowest on, are dealt to red, green and blue in
-    turn, from the highest bit of these on."""
-    red = green = blue = 0
-    for i in range(8):
-        red |= (label >> (3 * i) & 1) << (7 - i)
-        green |= (label >> (3 * i + 1) & 1) << (7 - i)
-        blue |= (label >> (3 * i + 2) & 1) << (7 - i)
-    return red, green, blue
-
-
-PALETTE = np.array([colour(label) for label in range(256)], np.uint8)
-
-
-def as_picture(mask: Tensor) -> Image.Image:
-    """A palette picture whose pixels are the labels (H, W)."""
-    picture = Image.fromarray(mask.to(torch.uint8).numpy(), "P")
-    picture.putpalette(PALETTE.tobytes())
-    return picture
+PALETTE = voc_palette()
 
 
 def overlay(picture: Image.Image, mask: Tensor) -> Image.Image:
@@ -65,7 +48,7 @@ def pictures(samples: Sequence[Sample], models: Mapping[str, nn.Module], classes
         panels = {"picture": picture.resize(size, Image.Resampling.BILINEAR)}
         panels |= {name: overlay(picture, mask) for name, mask in masks.items()}
         rows.append(beside([titled(_enlarged(panel), name) for name, panel in panels.items()]))
-    named = [(colour(label), classes[label]) for label in sorted(seen - {IGNORE})]
+    named = [(tuple(PALETTE[label].tolist()), classes[label]) for label in sorted(seen - {IGNORE})]
     rows.append(_legend(named, max(row.width for row in rows)))
     return sheet(rows)
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from distillkit.evaluation.cam_drawing import mask_picture
 from distillkit.evaluation.classes import normalised
 from distillkit.evaluation.segmentation import predicted_classes, seen_at
 from distillkit.losses.segmentation import IGNORE
@@ -18,7 +19,7 @@ from distillkit.schema import SegmentationRecipe
 from distillkit.training import checkpoint
 from distillkit.training.build import Classes
 from distillkit.training.build.mask_data import build_resize
-from distillkit.training.mask_figures import as_picture, overlay
+from distillkit.training.mask_figures import overlay
 from distillkit.training.pictures import check_headers, named_pictures, read_picture
 from distillkit.training.processes import processes
 from distillkit.training.tasks import Asked
@@ -40,7 +41,7 @@ def predict_masks(recipe: SegmentationRecipe, model: nn.Module, data: Classes, a
         picture = read_picture(path)
         logits = _logits(recipe, model, picture)
         mask = predicted_classes(logits)
-        _write(target, as_picture(mask))
+        _write(target, mask_picture(mask))
         _write(asked.folder / "overlays" / target.name, overlay(picture, mask))
         if asked.saliency:
             _write(asked.folder / "saliency" / target.name, _saliency(logits))
