@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import default_collate
 
 from distillkit.data.boundary import boundary_band, class_boundaries, in_pixels, overlap
-from distillkit.data.fakemix import FakeMix, Paste, moved, paste
+from distillkit.data.fakemix import FakeMix, FakeMixed, Paste, moved, paste
 from distillkit.losses.segmentation import IGNORE
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "dense_fakemix_a.npz")
@@ -388,3 +388,54 @@ def test_what_is_wrong_is_said():
             FakeMix(**options)
     with pytest.raises(ValueError, match="thickness: expected whole pixels"):
         FakeMix(2.5)
+
+
+# ---- over a set
+
+
+class Squares:
+    """Pictures of one colour each, with a square object; another size for every picture that is asked to be."""
+
+    classes = ("background", "square")
+
+    def __init__(self, n=6, sizes=None):
+        self.n, self.sizes = n, sizes or {}
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, place):
+        index = place[1]
+        side = self.sizes.get(index, 32)
+        mask = torch.zeros(side, side, dtype=torch.int64)
+        mask[8:20, 8:20] = 1
+        return torch.full((3, side, side), (index + 1) / 10), {"mask": mask, "key": str(index)}
+
+
+def test_a_set_is_mixed_by_seed_epoch_and_index_alone():
+    mixed = FakeMixed(Squares(), FakeMix(thickness=3, count=2, p=1.0, max_shift=0.25))
+    first = [mixed[0, i][0] for i in range(6)]
+    assert all(torch.equal(a, mixed[0, i][0]) for i, a in enumerate(first))
+    torch.manual_seed(1)
+    assert torch.equal(mixed[0, 3][0], first[3])
+    assert any(not torch.equal(mixed[1, i][0], a) for i, a in enumerate(first))
+    plain = Squares()
+    for i, image in enumerate(first):
+        assert torch.equal(mixed[0, i][1]["mask"], plain[0, i][1]["mask"])
+        colours = {round(v, 2) for v in image.unique().tolist()}
+        assert colours <= {round((k + 1) / 10, 2) for k in range(6)}
+        assert round((i + 1) / 10, 2) in colours
+    assert any(len(image.unique()) > 1 for image in first)
+
+
+def test_a_set_with_p_0_is_as_it_was_and_p_is_the_share_that_is_mixed():
+    never = FakeMixed(Squares(), FakeMix(p=0.0, thickness=3))
+    assert all(torch.equal(never[0, i][0], Squares()[0, i][0]) for i in range(6))
+    often = FakeMixed(Squares(), FakeMix(p=0.5, thickness=3, count=4))
+    changed = sum(len(often[epoch, i][0].unique()) > 1 for epoch in range(40) for i in range(6))
+    assert 80 < changed < 140  # 120, less those that paste their own colour or nothing
+
+
+def test_pictures_of_two_sizes_are_named():
+    with pytest.raises(ValueError, match=r"pictures \d and \d are .*: FakeMix needs one size"):
+        [FakeMixed(Squares(2, {1: 40}), FakeMix(p=1.0, thickness=3))[0, i] for i in range(2)]

@@ -19,8 +19,10 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from distillkit.data.boundary import Between, boundary_band, in_pixels, overlap
+from distillkit.data.transforms import generator_for
 from distillkit.losses.segmentation import IGNORE
 
 Variant = Literal["boundary", "zeros", "mean", "other"]
@@ -135,6 +137,14 @@ class FakeMix(nn.Module):
             for source, (dx, dy, other_dx, other_dy) in zip(row, moves)
         ]
 
+    def pasted(self, size: Sequence[int], generator: torch.Generator | None = None) -> list[Paste]:
+        """One band each of pictures 1, 2, ..., ``count``, onto picture 0."""
+        shifts = self._shifts((self.count,), (size[0], size[1]), generator).tolist()
+        return [
+            Paste(0, source, (dx, dy), (other_dx, other_dy) if self.variant == "other" else (dx, dy))
+            for source, (dx, dy, other_dx, other_dy) in enumerate(shifts, 1)
+        ]
+
     def _shifts(self, shape: tuple[int, ...], size: tuple[int, int], generator: torch.Generator | None) -> Tensor:
         """(*shape, 4): dx, dy of bands, and dx, dy of contents that are moved by themselves."""
         height, width = size
@@ -147,6 +157,45 @@ class FakeMix(nn.Module):
             f"thickness={self.thickness}, max_shift={self.max_shift}, count={self.count}, p={self.p}, "
             f"variant={self.variant!r}, per_paste_shift={self.per_paste_shift}, between={self.between!r}"
         )
+
+
+class FakeMixed(Dataset[tuple[Tensor, dict[str, Any]]]):
+    """A set whose pictures get bands of others of the set, so that the batch may be of any size, also of one.
+
+    Every band is moved by a shift of its own. A picture is changed by (seed, epoch, index) alone.
+
+    Args:
+        dataset: of ``data.segmentation``: ``dataset[(epoch, index)]`` gives (image (3, H, W), target with "mask"), all
+            of one size, as ``MaskAugment`` makes them, and not normalised.
+        fakemix: how. A picture that is pasted onto reads ``fakemix.count`` others, each as likely, itself too.
+        seed: of what is drawn here.
+    """
+
+    def __init__(self, dataset: Any, fakemix: FakeMix, seed: int = 0):
+        self.dataset, self.fakemix, self.seed = dataset, fakemix, seed
+        self.classes = dataset.classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
+        epoch, index = place
+        image, target = self.dataset[place]
+        generator = generator_for(self.seed, epoch, index)
+        if torch.rand((), generator=generator) >= self.fakemix.p:
+            return image, target
+        others = torch.randint(len(self.dataset), (self.fakemix.count,), generator=generator).tolist()
+        items = [(image, target), *(self.dataset[epoch, other] for other in others)]
+        for other, (picture, _) in zip(others, items[1:]):
+            if picture.shape != image.shape:
+                raise ValueError(
+                    f"pictures {index} and {other} are {tuple(image.shape)} and {tuple(picture.shape)}: FakeMix needs "
+                    "one size; give the set a transform that crops or resizes (MaskAugment)"
+                )
+        pastes = self.fakemix.pasted(image.shape[-2:], generator)
+        bands = self.fakemix.bands({"masks": torch.stack([of["mask"] for _, of in items])})
+        pictures = torch.stack([picture for picture, _ in items])
+        return paste(pictures, bands, pastes, self.fakemix.variant, self.fakemix.mean)[0], target
 
 
 def paste(
