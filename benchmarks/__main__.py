@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import kernels, step
+from benchmarks import kernels, masks, step
 from benchmarks.machine import heading, write
 
 
@@ -29,6 +29,8 @@ def main() -> None:
         *step.tables(args.rounds),
         "## The loss and its region",
         *kernels.tables(3 * args.rounds),
+        "## Learning masks",
+        *masks.tables(args.rounds),
     ]
     write("\n\n".join(parts), args.write)
 

@@ -221,7 +221,7 @@ def measured(jobs: Jobs, name: str) -> dict[str, Any]:
         "losses": last_losses(folder),
         "commit": made_with["commit"],
         "torch": made_with["packages"]["torch"],
-        "machine": f"{processor()}, {torch.get_num_threads()} threads",
+        "machine": f"{processor()}, {jobs.recipe.train.threads or torch.get_num_threads()} threads",
         "date": datetime.date.today().isoformat(),
     }
 

@@ -1,4 +1,4 @@
-"""Knowledge distillation that hooks onto the detector or classifier you already have.
+"""Knowledge distillation that hooks onto the detector, classifier or segmentation model you already have.
 
     model = distillkit.wrap(student, teacher, distillers=[distillkit.LogitKD(temperature=4)], criterion=cross_entropy)
     model(x, y).total.backward()

@@ -82,7 +82,11 @@ def _as_teacher(name: str, teacher: TeacherLike, fallback: Adapter | None) -> Te
         teacher = Teacher(teacher)
     if not isinstance(teacher, Teacher | EMATeacher | OnlineTeacher):
         raise WrapError(f"teacher {name!r}: expected a torch.nn.Module or a Teacher, got {type(teacher).__name__}")
-    if isinstance(teacher, Teacher | OnlineTeacher) and teacher.adapter is None and teacher.model is not None:
+    if (
+        isinstance(teacher, Teacher | OnlineTeacher)
+        and teacher.adapter is None
+        and (model := teacher.model) is not None
+    ):
         teacher = copy.copy(teacher)  # the caller's may teach another student, with another adapter
-        teacher.adapter = adapter_for(teacher.model, fallback)
+        teacher.adapter = adapter_for(model, fallback)
     return teacher

@@ -69,6 +69,11 @@ class SplitName(StrEnum):
     test = "test"
 
 
+class Part(StrEnum):
+    cam = "cam"
+    segment = "segment"
+
+
 class Listed(StrEnum):
     distillers = "distillers"
     models = "models"
@@ -209,6 +214,14 @@ def evaluate(
         Path | None,
         typer.Option("--submission", metavar="FOLDER|ZIP", help="Score these files of DOTA's Task1 or Task2 instead."),
     ] = None,
+    task: Annotated[
+        Part | None,
+        typer.Option(
+            "--task",
+            help="Of weak segmentation: the activation maps of a classifier, as by default, or the segmentation model "
+            "that a row's masks have taught.",
+        ),
+    ] = None,
     imports: Imports = None,
     debug: Debug = False,
 ) -> None:
@@ -219,6 +232,7 @@ def evaluate(
       distillkit eval quickstart --model distilled
       distillkit eval quickstart --model runs/quickstart/distilled/best.safetensors
       distillkit eval ld_dota --submission theirs.zip
+      distillkit eval l2g_coco_crops --model distilled --task segment
     """
     with _plainly(debug):
         if submission is not None and model is not None:
@@ -228,6 +242,10 @@ def evaluate(
 
         if submission is not None:
             _print_scores(scoring.evaluate_submission(loaded, submission, split.value))
+        elif task is not None or isinstance(loaded, schemas.WeakRecipe):
+            from distillkit.training import weak
+
+            _print_scores(weak.evaluate(loaded, model, split.value, task.value if task else "cam"))
         else:
             _print_scores(scoring.evaluate(loaded, model, split.value))
 
@@ -253,7 +271,8 @@ def predict(
 ) -> None:
     """Find objects in pictures: draws them, and writes predictions.json in COCO's result format.
 
-    Of a classifier predictions.json has the likeliest classes; of a segmentation model masks are written, too.
+    Of a classifier predictions.json has the likeliest classes; of a segmentation model masks are written, too, and of
+    weak segmentation pseudo masks, by the classes that the classifier finds.
 
     Examples:
       distillkit predict my.yaml photo.jpg --weights distilled
@@ -295,6 +314,64 @@ def export(
         from distillkit.training.export import export as write
 
         write(loaded, weights, folder, [name.strip() for name in formats.split(",")], console=out)
+
+
+@app.command()
+def cam(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the files.")] = Path("cams"),
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="ROW|FILE|TEACHER",
+            help="A row of the recipe or a teacher, as the run left it, or a file with weights of the student; else "
+            "the student as the recipe has it.",
+        ),
+    ] = None,
+    split: Annotated[
+        SplitName | None, typer.Option("--split", help="Pictures, with their labels; train unless given.")
+    ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--images",
+            metavar="PATH",
+            help="Instead of a split pictures, or folders of them, with the classes that the classifier finds; may be "
+            "given several times.",
+        ),
+    ] = None,
+    maps: Annotated[bool, typer.Option("--maps", help="Write the map of every class of a picture, too.")] = False,
+    overlays: Annotated[bool, typer.Option("--overlays", help="Draw maps and mask over every picture, too.")] = False,
+    imports: Imports = None,
+    debug: Debug = False,
+) -> None:
+    """Make class activation maps and pseudo masks of a weak-segmentation recipe; goes on where an earlier call stopped.
+
+    How is said in the recipe: cam (method, scales, flip) and masks (threshold, saliency or crf).
+
+    Examples:
+      distillkit cam l2g_coco_crops --weights distilled --out masks --overlays
+      distillkit cam my.yaml --weights best.safetensors --split val --maps masks.threshold=0.2 masks.rule=crf
+      distillkit cam my.yaml cam.method=grad-cam++ --weights distilled --images photos --images more/one.jpg
+      accelerate launch --num_processes 8 -m distillkit cam l2g_voc --weights distilled --out masks
+    """
+    with _plainly(debug, "the same command"):
+        if split is not None and images:
+            raise recipes.RecipeError(["give --split, or --images, which are of none; not both"])
+        loaded = _load(recipe, overrides, imports)
+        from distillkit.training.cams import cam as write
+        from distillkit.training.processes import processes
+
+        first = processes().is_main_process
+        with _bar() if first else nullcontext() as bar:
+            shown = _shown_on(bar) if bar else None
+            seen = (lambda done, total: shown("pictures", done, total)) if shown else None
+            split = split or SplitName.train
+            pictures, made = write(loaded, weights, folder, split.value, images or (), maps, overlays, seen)
+        if first:
+            _say(out, f"{folder}: masks of {pictures} pictures, {made} of them made by this call")
 
 
 @app.command()
@@ -516,22 +593,39 @@ def _findings(recipe: Recipe) -> bool:
 
 
 def _print_scores(result: Result) -> None:
-    """In per cent, as COCO's are published; "-" where there is nothing to find."""
+    """In per cent, as COCO's are published; "-" where there is nothing to find. Scores at several thresholds, called
+    NAME@THRESHOLD, in one line of a table."""
     rows = {
         name: {key: value for key, value in asdict(row).items() if not isinstance(value, dict)}
         for name, row in result.classes.items()
     }
     columns = list(next(iter(rows.values())))
     heads = [key.upper() if key.startswith("ap") else key for key in columns]
-    table = Table("class", *heads, box=None, header_style="bold")
+    _print_table(
+        ["class", *heads],
+        [[name, *(str(v) if isinstance(v, int) else _percent(v) for v in row.values())] for name, row in rows.items()],
+    )
+    at: dict[str, dict[str, float]] = {}
+    for name, value in result.numbers.items():
+        if "@" in name:
+            score, threshold = name.split("@")
+            at.setdefault(score, {})[threshold] = value
+    for score, values in at.items():
+        _print_table(["at threshold", *values], [[score, *map(_percent, values.values())]])
+    single = {name: value for name, value in result.numbers.items() if "@" not in name}
+    width = max(6, *(len(name) + 1 for name in single))
+    for name, value in single.items():
+        as_it_is = f"{value:6.3f}" if name == "loss" else f"{value:6g}" if name.endswith("threshold") else None
+        _say(out, f"{name:<{width}}" + (as_it_is or f"{_percent(value):>6}"))
+
+
+def _print_table(head: list[str], rows: list[list[str]]) -> None:
+    table = Table(*head, box=None, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, row in rows.items():
-        table.add_row(Text(name), *(str(v) if isinstance(v, int) else _percent(v) for v in row.values()))
+    for row in rows:
+        table.add_row(*map(Text, row))
     out.print(table)
-    width = max(6, *(len(name) + 1 for name in result.numbers))
-    for name, value in result.numbers.items():
-        _say(out, f"{name:<{width}}" + (f"{value:6.3f}" if name == "loss" else f"{_percent(value):>6}"))
 
 
 def _percent(value: float) -> str:

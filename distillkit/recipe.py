@@ -324,8 +324,8 @@ def _wrong_rows(raw: dict[str, Any]) -> Iterator[Wrong]:
 
 def is_untrained(model: dict[str, Any]) -> bool:
     """Whether a block of a model, as it is written, comes with random weights. Of a custom one that cannot be told."""
-    built = model.get("kind") in ("gfl", "rotated-gfl", "rotated-retina", "deeplab", "fanet")
-    built = built or (model.get("kind") in ("timm", "cam") and not model.get("pretrained"))
+    built = model.get("kind") in ("gfl", "rotated-gfl", "rotated-retina", "deeplab", "fanet", "cam")
+    built = built or (model.get("kind") == "timm" and not model.get("pretrained"))
     return (built or model.get("weights") in ("new-head", "none")) and model.get("checkpoint") is None
 
 

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 RANKS = 2
+WAIT = timedelta(minutes=5)  # of a rank for the other: one that would hang is an error
 
 
 def on_two_ranks(work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -23,7 +25,7 @@ def on_two_ranks(work: Callable[..., Any], *args: Any) -> list[Any]:
 def _rank(rank: int, work: Callable[..., Any], args: tuple[Any, ...], folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS, timeout=WAIT)
     try:
         torch.save(work(rank, *args), Path(folder) / f"result{rank}.pt")
     finally:

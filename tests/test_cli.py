@@ -30,7 +30,7 @@ distillers:
   - {kind: ld, region: main+valuable}
 train: {epochs: 1, optimizer: {kind: sgd, lr: 1e-3}, schedule: {kind: constant, warmup: 0}}
 """
-VERBS = ["run", "check", "list", "show", "eval", "predict", "export"]
+VERBS = ["run", "check", "list", "show", "eval", "predict", "export", "cam"]
 
 
 @pytest.fixture

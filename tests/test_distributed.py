@@ -12,11 +12,24 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import distillkit
-from distillkit import LD, EMATeacher, FeatureImitation, LogitKD, Main, SelfLD, Teacher, Valuable
+from distillkit import (
+    LD,
+    EMATeacher,
+    FeatureImitation,
+    LocalToGlobal,
+    LogitKD,
+    Main,
+    OnlineTeacher,
+    SelfLD,
+    Teacher,
+    Valuable,
+    Weight,
+)
 from distillkit.core.errors import WrapError
 from distillkit.core.wrap import DistilledModel
 from tests.ranks import RANKS, on_two_ranks
 from tests.test_adapters import detector, scene
+from tests.test_local_to_global import Cam, pictures
 from tests.tiny import MSE, Net, batch
 
 IMAGES = 8
@@ -105,6 +118,10 @@ def on_a_rank(rank: int) -> dict:
         "self_taught": self_taught_ddp(rank),
         "sharded_averages": sharded_averages(),
         "unproven": unproven(rank),
+        "transferred": transferred_ddp(rank),
+        "transferred_fsdp": transferred_fsdp(rank),
+        "resting": resting_ddp(rank),
+        "nothing_left": nothing_left(rank),
         "nanodets": nanodets_ddp(rank) if DATA else {},
     }
 
@@ -298,3 +315,116 @@ def unproven(rank: int) -> list[bool]:
 def test_ranks_agree_on_whether_a_model_is_to_predict_again(ranks: list[dict]):
     """A sharded model waits for the other ranks when it runs, so all of them run it or none."""
     assert [r["unproven"] for r in ranks] == [[True, False]] * RANKS
+
+
+# ---- a teacher that is trained in the same step
+
+
+def transferred() -> DistilledModel:
+    """Shape transfer from the four corners: the crops of a picture are the same on whichever rank it is."""
+    torch.manual_seed(0)
+    distiller = LocalToGlobal(saliency="targets", corners=True, student_at="maps", local_at="maps")
+    return distillkit.wrap(Cam(), distillers=[distiller]).double()
+
+
+def salient(ranks: slice = slice(None)) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Four pictures: one has no saliency map, one an empty one."""
+    x, labels = pictures(4)
+    saliency = torch.zeros(4, 1, 56, 56, dtype=torch.float64)
+    saliency[1:, :, 10:40, 20:] = 1
+    saliency[2] = 0
+    targets = {"labels": labels, "saliency": saliency, "has_saliency": torch.tensor([False, True, True, True])}
+    return x.double()[ranks], {name: value[ranks] for name, value in targets.items()}
+
+
+def half(rank: int) -> slice:
+    return slice(2 * rank, 2 * rank + 2)
+
+
+def transferred_ddp(rank: int) -> dict:
+    model = transferred()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    losses = parallel(*salient(half(rank)))
+    losses.total.backward()
+    return results(model, losses)
+
+
+def transferred_fsdp(rank: int) -> dict:
+    model = transferred()
+    shard(model.student.stem, model.online["local"], model)
+    losses = model(*salient(half(rank)))
+    losses.total.backward()
+    return results(model, losses, full=lambda t: t.full_tensor())
+
+
+@pytest.mark.parametrize("way", ["transferred", "transferred_fsdp"])
+def test_local_to_global_transfer_on_two_ranks(ranks: list[dict], way: str):
+    model = transferred()
+    losses = model(*salient())
+    losses.total.backward()
+    alone = results(model, losses)
+    assert alone["grads"].keys() == dict(model.named_parameters()).keys()
+    assert all(grad.any() for grad in alone["grads"].values())
+    check_same([r[way] for r in ranks], alone)
+
+
+STEPS_TAUGHT = 2
+
+
+def resting() -> DistilledModel:
+    """An online teacher that is read in two steps, and then no more."""
+    torch.manual_seed(0)
+    student, teacher = Net(width=8), Net(width=12)
+    for net in (student, teacher):
+        net.stem[1] = net.drop = nn.Identity()
+    online = OnlineTeacher(teacher, cross_entropy)
+    distiller = FeatureImitation(
+        student_at="blocks.1", teacher_at="blocks.1", weight=Weight(1.0, "until", STEPS_TAUGHT)
+    )
+    return distillkit.wrap(student, online, [distiller], criterion=cross_entropy).double()
+
+
+def steps_until_it_rests(model: DistilledModel, called: nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[dict]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    found = []
+    for _ in range(STEPS_TAUGHT + 2):
+        losses = called(x.double(), y)
+        losses.total.backward()
+        found.append(results(model, losses))
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+def resting_ddp(rank: int) -> list[dict]:
+    model = resting()
+    return steps_until_it_rests(model, nn.parallel.DistributedDataParallel(model), *mine(rank))
+
+
+def test_ddp_does_not_wait_for_an_online_teacher_that_rests(ranks: list[dict]):
+    model = resting()
+    alone = steps_until_it_rests(model, model, *batch(IMAGES))
+    for step, once in enumerate(alone):
+        check_same([r["resting"][step] for r in ranks], once)
+        taught = step < STEPS_TAUGHT
+        assert (once["losses"]["teacher"] > 0) == taught
+        assert any(grad.any() for name, grad in once["grads"].items() if name.startswith("online.")) == taught
+        assert once["losses"]["task"] > 0
+
+
+def nothing_left(rank: int) -> str:
+    """What DDP says once the only loss of the student has gone: its own error, on either rank, and no wait."""
+    distiller = LocalToGlobal(corners=True, student_at="maps", local_at="maps", weight=Weight(1.0, "until", 1))
+    model = distillkit.wrap(Cam(), distillers=[distiller])
+    parallel = nn.parallel.DistributedDataParallel(model)
+    x, labels = pictures(4)
+    try:
+        for _ in range(3):
+            parallel(x[half(rank)], labels[half(rank)]).total.backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_ddp_says_so_where_the_student_has_no_loss_left(ranks: list[dict]):
+    assert all("parameters that were not used in producing loss" in r["nothing_left"] for r in ranks)

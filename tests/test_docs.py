@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import shlex
 import socket
 import sys
 from functools import partial
@@ -13,10 +14,11 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from distillkit import cli, plugins
-from distillkit.recipe import load
+from distillkit.recipe import bundled, load
 from distillkit.training.metrics import read
 
 ROOT = Path(__file__).parents[1]
@@ -145,6 +147,37 @@ def test_the_table_of_the_readme_is_the_one_that_the_benchmark_wrote():
     assert block.strip() in written
     assert "| distilled | 3 |" in block
     assert "python -m benchmarks.seeds recipes/quickstart.yaml" in block
+
+
+def commands() -> list:
+    """The words of every `distillkit VERB ...` in the pages, without comments and `accelerate launch`."""
+    found = []
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for block in [text for language in ("sh", "bash", "console") for text in blocks(page, language)]:
+            for line in re.sub(r"\\\n", " ", block).splitlines():
+                if at := re.search(r"(?:^| )distillkit (?!-)(.*)$", line):
+                    words = shlex.split(at[1], comments=True)
+                    found.append(pytest.param(words, id=f"{page.name}: {' '.join(words[:3])}"))
+    return found
+
+
+@pytest.mark.parametrize("words", commands())
+def test_commands_of_the_docs_can_be_typed(words):
+    """The verb is there and knows the options; a recipe that is named without a path comes with distillkit."""
+    known = get_command(cli.app).commands
+    verb, *rest = words
+    assert verb in known, f"no verb {verb}; there are {', '.join(known)}"
+    options = {name for parameter in known[verb].params for name in parameter.opts}
+    for word in rest:
+        assert not word.startswith("--") or word.partition("=")[0] in options, f"{verb} has no option {word}"
+    if verb in ("run", "check", "eval", "predict", "export", "cam", "show") and rest and not rest[0].startswith("-"):
+        assert rest[0].endswith(".yaml") or rest[0] in {path.stem for path in bundled()}
+
+
+def test_the_readme_names_every_verb():
+    listed = re.search(r"`--help` after each verb \((.*)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert listed is not None
+    assert set(re.findall(r"`(\w+)`", listed[1])) == set(get_command(cli.app).commands)
 
 
 def test_messages_that_the_docs_explain_are_messages_of_the_code():

@@ -388,3 +388,49 @@ def test_an_online_teacher_that_nobody_reads_any_more_rests():
     losses.total.backward()
     assert losses["teacher"].item() == 0
     assert not any(p.grad.any() for p in teacher.parameters())
+
+
+def test_an_online_teacher_with_another_normalisation_gets_a_renormalised_batch():
+    class Said(Net):
+        def __init__(self, mean, std):
+            super().__init__()
+            self.pretrained_cfg = {"mean": mean, "std": std}
+            self.seen: list[Tensor] = []
+            self.stem.register_forward_pre_hook(lambda module, args: self.seen.append(args[0]))
+
+    student, teacher = Said((0.5,) * 3, (0.5,) * 3), Said((0.0,) * 3, (1.0,) * 3)
+    model = distillkit.wrap(
+        student,
+        OnlineTeacher(teacher, nn.functional.cross_entropy),
+        distillers=[MSE("stem")],
+        criterion=nn.functional.cross_entropy,
+    )
+    x, labels = batch()
+    model(x, labels)
+    torch.testing.assert_close(teacher.seen[-1], x * 0.5 + 0.5)
+    assert torch.equal(student.seen[-1], x)
+
+
+def test_a_student_that_fails_leaves_no_crops():
+    class Broken(Cam):
+        fails = False
+
+        def forward(self, x):
+            if self.fails:
+                raise RuntimeError("out of something")
+            return super().forward(x)
+
+    student = Broken()
+    model = distillkit.wrap(student, distillers=[LocalToGlobal(Cam(), student_at="maps", local_at="maps")])
+    student.fails = True
+    with pytest.raises(RuntimeError, match="out of something"):
+        model(*pictures())
+    assert model.distillers["local_to_global"]._drawn is None
+
+
+def test_a_task_that_ends_is_refused():
+    ends = distillkit.Weight(10.0, "until", 100)
+    with pytest.raises(WrapError, match="has the student's only task loss, and its weight ends at 0"):
+        wrapped(weight=ends)
+    local = LocalToGlobal(Cam(), student_at="maps", local_at="maps", weight=ends)
+    distillkit.wrap(Cam(), distillers=[local], criterion=nn.MultiLabelSoftMarginLoss())

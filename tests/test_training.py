@@ -141,7 +141,7 @@ def _schedule(**changes):
 
 def _optimizer(**changes):
     plain = {"kind": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "backbone_lr": 1.0, "no_decay_norm": True}
-    return SimpleNamespace(**plain | {"layer_decay": 1.0} | changes)
+    return SimpleNamespace(**plain | {"layer_decay": 1.0, "nesterov": False} | changes)
 
 
 def test_learning_rates():
@@ -192,6 +192,22 @@ def test_parameter_groups():
         build_optimizer(nn.Linear(1, 1), _optimizer(backbone_lr=0.5))
     with pytest.raises(RunError, match="nothing to train"):
         build_optimizer(nn.Linear(1, 1).requires_grad_(False), _optimizer())
+
+
+def test_nesterov_looks_where_the_momentum_leads():
+    """Two steps by hand: v = m v + g; the weight moves by lr (g + m v), and by lr v without."""
+    gradients, moved = (2.0, -1.0), {}
+    for nesterov in (False, True):
+        weight = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(weight.weight)
+        config = _optimizer(lr=0.1, momentum=0.5, weight_decay=0.0, nesterov=nesterov)
+        optimizer = build_optimizer(weight, config)
+        for gradient in gradients:
+            weight.weight.grad = torch.full((1, 1), gradient)
+            optimizer.step()
+        moved[nesterov] = weight.weight.item()
+    assert moved[False] == pytest.approx(-0.1 * (2 + (0.5 * 2 - 1)))
+    assert moved[True] == pytest.approx(-0.1 * ((2 + 0.5 * 2) + (-1 + 0.5 * (0.5 * 2 - 1))))
 
 
 def test_moving_average_is_its_formula():

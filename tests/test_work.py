@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import distillkit
-from distillkit import LD, FeatureImitation, LogitKD, Main, Valuable
-from tests.counting import Dispatched, kept_tensors, modules_run, without_cpu_checks
+from distillkit import LD, FeatureImitation, LocalToGlobal, LogitKD, Main, Valuable
+from tests.counting import Dispatched, kept_tensors, live_bytes, modules_run, without_cpu_checks
 from tests.test_adapters import detector, scene
+from tests.test_local_to_global import Cam, pictures
 from tests.tiny import KL, Net, batch
 
 
@@ -103,6 +104,67 @@ def test_nothing_is_kept_between_steps(dense):
     step(model)
     assert not kept_tensors(student, lambda: step(model))
     assert not kept_tensors(teacher, lambda: step(model))
+
+
+# ---- a teacher that is trained in the same step
+
+
+def transferring(saliency: bool = True):
+    """A student, its local network, and a training step of both; with saliency for some of the pictures."""
+    student, local = Cam(), Cam()
+    distiller = LocalToGlobal(local, saliency="targets" if saliency else None, student_at="maps", local_at="maps")
+    model = distillkit.wrap(student, distillers=[distiller])
+    x, labels = pictures()
+    targets = {"labels": labels, "saliency": torch.ones(2, 1, 56, 56), "has_saliency": torch.tensor([True, False])}
+
+    def step():
+        model(x, targets if saliency else labels).total.backward()
+        model.zero_grad()
+
+    return student, local, step
+
+
+@pytest.mark.parametrize("saliency", [False, True])
+def test_local_to_global_transfer_adds_no_host_sync(saliency):
+    _, _, step = transferring(saliency)
+    step()
+    assert not count(step).syncs
+
+
+def test_local_to_global_transfer_runs_each_network_once():
+    student, local, step = transferring()
+    step()
+    for network in (student, local):
+        with modules_run(network) as ran:
+            step()
+        assert ran.count("") == ran.count("maps") == 1
+
+
+def test_local_to_global_transfer_adds_less_than_a_hundred_operations():
+    student, local, step = transferring(saliency=False)
+    x, labels = pictures()
+    crops, of_crops = torch.randn(8, 3, 40, 40), labels.repeat_interleave(4, 0)
+
+    def by_hand():
+        torch.nn.functional.multilabel_soft_margin_loss(local(crops), of_crops).backward()
+        student.maps(student.stem(x)).square().mean().backward()
+        for network in (student, local):
+            network.zero_grad()
+
+    step()
+    ideal, ours = count(by_hand), count(step)
+    # crops, targets, RoIAlign and the loss, and the wrapper's own; a third of them are views, which do no work
+    assert ours.operations.total() - ideal.operations.total() < 100
+
+
+def test_nothing_is_kept_between_steps_of_local_to_global_transfer():
+    student, local, step = transferring()
+    step()
+    assert not kept_tensors(student, step)
+    assert not kept_tensors(local, step)
+    before = live_bytes()
+    step()
+    assert live_bytes() == before
 
 
 @pytest.mark.parametrize(

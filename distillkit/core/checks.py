@@ -113,6 +113,16 @@ def check_alone(distillers: Sequence[Distiller], changing: Mapping[str, object],
         )
 
 
+def check_lasts(distillers: Sequence[Distiller], criterion: object) -> None:
+    """Raise WrapError where the student's only task loss is that of distillers whose weight ends at 0."""
+    tasks = [d for d in distillers if d.is_task]
+    if criterion is None and tasks and all(d.weight.is_over(2**62) for d in tasks):
+        raise WrapError(
+            f"distiller {tasks[0].name!r} has the student's only task loss, and its weight ends at 0, after which it "
+            "would learn nothing: let the weight stay, or pass criterion="
+        )
+
+
 # ---- in a step
 
 

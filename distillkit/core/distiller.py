@@ -42,7 +42,8 @@ class Distiller(nn.Module):
         self.name = name or self.short_name
 
     def own_teacher(self) -> Any:
-        """The teacher that it brings along (self-distillation): a ``Teacher``, an ``EMATeacher`` or None."""
+        """The teacher that it brings along (self-distillation, local to global): a ``Teacher``, an ``EMATeacher``, an
+        ``OnlineTeacher`` or None."""
         return None
 
     def changes(self, student: nn.Module) -> Mapping[str, Callable[[Tensor], Tensor]]:
@@ -51,6 +52,9 @@ class Distiller(nn.Module):
         What the student predicts is then of changed inputs: ``wrap`` refuses a criterion and other distillers beside
         it."""
         return {}
+
+    def forget(self) -> None:
+        """Drop what a step that failed has left behind; nothing of a step is kept."""
 
     def prepare(self, student_widths: list[int] | None, teacher_widths: list[int] | None) -> None:
         """Called once by ``wrap`` with the channel numbers of the tapped places, None where they cannot be known before

@@ -141,7 +141,8 @@ class OnlineTeacher:
     Args:
         model: the network; it is put in train mode with the wrapper. None: a copy of the student as it is wrapped.
         criterion: ``criterion(its output, targets) -> loss``, what it learns from; the loss bears the teacher's name.
-        feed: what it is fed, as in ``Teacher``.
+        feed: what it is fed, as in ``Teacher``. As there, a batch that is normalised otherwise than the model says it
+            wants is re-normalised first.
         targets: what its criterion gets, a function of the call's targets; these themselves unless given.
         adapter: as in ``Teacher``.
     """
@@ -226,17 +227,21 @@ class Renormalise:
         return pictures * self.scale + self.shift
 
 
-def renormalisation(adapter: Adapter, student: nn.Module, name: str, teacher: Teacher) -> Renormalise | None:
+def renormalisation(
+    adapter: Adapter, student: nn.Module, name: str, teacher: Teacher | OnlineTeacher
+) -> Renormalise | None:
     """What the student's input has to go through for a teacher that was trained on another; None: nothing.
 
     Raises WrapError for a teacher that was given mean and std where the student's are not known.
     """
+    if teacher.model is None:  # a copy of the student
+        return None
     given = adapter.normalisation(student)
-    theirs = teacher.adapter or adapter
+    theirs, own = teacher.adapter or adapter, teacher.norm if isinstance(teacher, Teacher) else None
     # an adapter that is the student's too speaks of the student's input: what the teacher's model says goes first
-    wanted = teacher.norm or (said_by(teacher.model) if theirs is adapter else None)
+    wanted = own or (said_by(teacher.model) if theirs is adapter else None)
     wanted = wanted or theirs.normalisation(teacher.model)
-    if teacher.norm and not given:
+    if own and not given:
         raise WrapError(
             f"teacher {name!r} was given mean and std, but what the student's input is normalised with is not known: "
             "pass adapter=Adapter(mean=..., std=...)"

@@ -21,6 +21,7 @@ from distillkit.core.adapter import Adapter, input_name
 from distillkit.core.checks import (
     check_alone,
     check_distinct,
+    check_lasts,
     check_reaches,
     key_of,
     no_task_loss,
@@ -81,7 +82,7 @@ class DistilledModel(nn.Module):
         self._frozen = {name: t for name, t in teachers.items() if isinstance(t, Teacher)}
         self._renormalise = {
             name: change
-            for name, t in self._frozen.items()
+            for name, t in {**self._frozen, **self._online}.items()
             if (change := renormalisation(adapter, student, name, t)) is not None
         }
         device = next((p.device for p in student.parameters()), torch.device("cpu"))
@@ -123,6 +124,7 @@ class DistilledModel(nn.Module):
         with ExitStack() as undo:
             changing = {name: made for name, d in self._named if (made := d.changes(self.student))}
             check_alone([d for _, d in self._named], changing, self.criterion)
+            check_lasts([d for _, d in self._named], self.criterion)
             self._changes = Changes(self.student, {path: f for made in changing.values() for path, f in made.items()})
             undo.callback(self._changes.remove)
             read = [r for _, d in self._named for r in readings(d, "student")]
@@ -155,13 +157,21 @@ class DistilledModel(nn.Module):
         if not torch.compiler.is_compiling():
             self._before_a_step(args, kwargs)
         self._update_averages()
-        losses = self._losses(args, kwargs)
+        losses = self._losses(args, kwargs) if torch.compiler.is_compiling() else self._eager_losses(args, kwargs)
         self._flag({name: loss for name, loss in losses.items() if name != OUTPUT})
         # a new tensor, not an update in place: compiled backward passes recompute weights from the tensor they got
         self.step = self.step + 1
         if not torch.compiler.is_compiling():
             self._after_a_step()
         return losses
+
+    def _eager_losses(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Losses:
+        try:
+            return self._losses(args, kwargs)
+        except BaseException:
+            for _, distiller in self._named:
+                distiller.forget()
+            raise
 
     def _losses(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Losses:
         """Teachers, student, distillers."""
@@ -260,7 +270,7 @@ class DistilledModel(nn.Module):
         self, name: str, side: Side, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[Reading, View]]:
         """A teacher that is trained too: its output, and its views, with their graph."""
-        args, kwargs = self._without_targets(side, *self._online[name].feed(args, kwargs))
+        args, kwargs = self._without_targets(side, *self._fed(name, args, kwargs))
         return side.run(args, kwargs, exit_early=False)
 
     def _online_loss(self, name: str, teacher: OnlineTeacher, outputs: Mapping[str, Any], targets: Any) -> Tensor:
@@ -286,7 +296,7 @@ class DistilledModel(nn.Module):
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], cast: bool = True
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The student's call as a teacher gets it: re-normalised, cropped, in its dtype, as it asks for."""
-        teacher = self._frozen.get(name)
+        teacher = self._frozen.get(name) or self._online.get(name)
         if teacher is None:
             return args, kwargs
         change = self._renormalise.get(name)
@@ -297,7 +307,7 @@ class DistilledModel(nn.Module):
             kwargs = {**kwargs, key: change(kwargs[key])}
         if teacher.feed is not None:
             args, kwargs = teacher.feed(args, kwargs)
-        return (teacher.cast(args), teacher.cast(kwargs)) if cast else (args, kwargs)
+        return (teacher.cast(args), teacher.cast(kwargs)) if cast and isinstance(teacher, Teacher) else (args, kwargs)
 
     def _acting(self) -> set[str]:
         """The distillers whose weight is not 0 from now on; all of them in a compiled step, as the host then does not
@@ -350,9 +360,10 @@ class DistilledModel(nn.Module):
                 self._told.add((name, note))
 
     def _nothing_from(self, module: nn.Module) -> Tensor:
-        """0, hung on the parameters of a distiller or a teacher: DDP waits for a gradient of each."""
+        """0, hung on the parameters of a distiller or a teacher: DDP waits for a gradient of each. Those that FSDP2
+        shards (they have a full_tensor) it does not wait for, and they do not mix with others."""
         return sum(
-            (parameter.flatten()[:0].sum() for parameter in module.parameters()),
+            (p.flatten()[:0].sum() for p in module.parameters() if not hasattr(p, "full_tensor")),
             start=torch.zeros((), device=self.step.device),
         )
 

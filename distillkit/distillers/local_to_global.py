@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, multilabel_soft_margin_loss, one_hot
 
+from distillkit.boxes.precision import at_least_float32
 from distillkit.core.adapter import Adapter, input_name
 from distillkit.core.distiller import Distiller
 from distillkit.core.schedule import Weight
@@ -115,6 +116,9 @@ class LocalToGlobal(Distiller):
         """The local network that ``wrap`` takes in."""
         return self._local
 
+    def forget(self) -> None:
+        self._drawn = None
+
     def _crop(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The student's call with crops of its pictures, (B * N, 3, h, w); where they lie is kept until ``forward``."""
         key = None if args else input_name(kwargs)
@@ -160,7 +164,7 @@ class LocalToGlobal(Distiller):
             None if known is None else known.repeat_interleave(self.crops, 0),
         )
         size = (target.shape[2], target.shape[3])
-        seen = at_boxes(student.maps.float(), drawn.boxes, drawn.picture, size, aligned=self.convention == "default")
+        seen = at_boxes(at_least_float32(student.maps), drawn.boxes, drawn.picture, size, self.convention == "default")
         return transfer_loss(seen, target)
 
     def _maps(self, drawn: Crops, targets: Any) -> Tensor | None:
@@ -198,8 +202,8 @@ def labels_in(targets: Any) -> Tensor:
 
 def classification_loss(output: Any, labels: Tensor) -> Tensor:
     """Of logits (B, C): binary cross entropies, their mean over classes and pictures, for labels (B, C); cross entropy
-    for classes (B,)."""
-    logits = output[0] if isinstance(output, tuple) else output
+    for classes (B,). In float32 at least."""
+    logits = at_least_float32(output[0] if isinstance(output, tuple) else output)
     if labels.dim() == 1:
         return cross_entropy(logits, labels)
     return multilabel_soft_margin_loss(logits, labels.to(logits.dtype))

@@ -100,6 +100,9 @@ class TokenLabeling(Distiller):
         place = mix_place(student, self.mix_at)
         return {self.mix_at: lambda tokens: self._mixed(tokens, place)}
 
+    def forget(self) -> None:
+        self._box = None
+
     def _mixed(self, tokens: Tensor, place: MixPlace) -> Tensor:
         grid = place.grid_of(tokens)
         self._box = draw_box((grid[0] // place.scale, grid[1] // place.scale), device=tokens.device)

@@ -1,1 +1,1 @@
-"""Metrics, prediction over a data set, and drawing. Imports no data set and no model."""
+"""Metrics, prediction over a data set, activation maps and pseudo masks, and drawing. Imports no data set."""

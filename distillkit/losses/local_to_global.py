@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.ops import roi_align
 
+from distillkit.boxes.precision import at_least_float32
+
 #: of a channel's maximum, which it is divided by
 EPS = 1e-8
 
@@ -115,8 +117,7 @@ def local_targets(
 
     All in float32 at least: the smallest constant vanishes in half precision.
     """
-    maps = maps.detach()
-    maps = maps if maps.dtype == torch.float64 else maps.float()
+    maps = at_least_float32(maps.detach())
     classes = maps.shape[1] - background
     if labels.shape != (len(maps), classes):
         raise ValueError(
@@ -177,7 +178,7 @@ def transfer_loss(logits: Tensor, target: Tensor) -> Tensor:
             the logit 0.
         target: as ``local_targets`` gives it.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = at_least_float32(logits)
     if logits.shape[1] == target.shape[1] - 1:
         logits = torch.cat([logits, torch.zeros_like(logits[:, :1])], 1)
     if logits.shape != target.shape:

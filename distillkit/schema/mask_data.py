@@ -6,7 +6,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from distillkit.located import said
 from distillkit.schema.base import Count, DataBlock, Positive, Share, Size, Strict, ordered
+
+
+def _thick(value: float) -> float:
+    if not (0 < value < 1 or (value >= 1 and isinstance(value, int))):
+        raise ValueError(f"expected whole pixels, or a share of the shorter side between 0 and 1; got {said(value)}")
+    return value
+
+
+#: of a band along boundaries
+Thickness = Annotated[int | float, AfterValidator(_thick)]
 
 
 class MaskAugment(Strict):
@@ -36,8 +47,8 @@ class MaskAugment(Strict):
 class FakeMix(Strict):
     """False boundaries: bands along the outlines of objects, pasted onto pictures of the batch (Cao et al.)."""
 
-    thickness: Count = 8
-    """Of a band, in pixels."""
+    thickness: Thickness = 8
+    """Of a band, in pixels; below 1 a share of the shorter side: 8 at 512 is 0.0157."""
     max_shift: Share = 0.5
     """A band is moved by at most this share of the picture's width and height."""
     count: Count = 3
@@ -62,8 +73,9 @@ class _Masks(DataBlock):
     keep_ratio: bool = False
     """False: the picture is stretched to the size. True: it keeps its aspect, and the size bounds both of its sides."""
     augment: MaskAugment = MaskAugment()
-    boundary: Count | None = None
-    """Thickness in pixels of the boundary maps that a boundary stream learns; null: 8 where fanet is trained."""
+    boundary: Thickness | None = None
+    """Thickness of the boundary maps that a boundary stream learns, in pixels or below 1 as a share of the shorter
+    side; null: 8 pixels where fanet is trained."""
     boundary_between: Literal["foreground", "classes"] = "foreground"
     """Which boundaries these maps and FakeMix know: of all that is not class 0, the background; or between any two
     classes, for sets without a background."""

@@ -244,6 +244,9 @@ class WeakRow(Row):
     train: {epochs: 0}."""
 
 
+_WeakRows = list[Annotated[WeakRow, BeforeValidator(_worded, json_schema_input_type=str | WeakRow)]]
+
+
 class WeakRecipe(_Recipe):
     """A run for segmentation from image-level labels: activation maps, pseudo masks, a segmentation model."""
 
@@ -262,7 +265,7 @@ class WeakRecipe(_Recipe):
     segment: Segment | None = None
     """null: a run ends with the activation maps."""
     evaluate: EvaluateLabels = EvaluateLabels()
-    compare: list[Annotated[WeakRow, BeforeValidator(_worded, json_schema_input_type=str | WeakRow)]] = [
+    compare: _WeakRows = [  # type: ignore[assignment]  # nothing adds to a recipe's rows, so theirs may be others
         WeakRow(row="student", distillers="none"),
         WeakRow(row="distilled"),
     ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distillkit.schema.base import Count, Decay, NotNegative, Positive, Share, Strict
 
@@ -25,6 +25,14 @@ class SGD(_Optimizer):
 
     kind: Literal["sgd"]
     momentum: Decay = 0.9
+    nesterov: bool = False
+    """Nesterov's momentum: the gradient counts where the momentum is about to lead."""
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Self:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov is true, and momentum is 0; leave one of the two out")
+        return self
 
 
 class AdamW(_Optimizer):

@@ -103,8 +103,8 @@ WeakModel = Annotated[CamModel | TimmModel | CustomModel, Field(discriminator="k
 class Cam(Strict):
     """How class activation maps are made of a picture."""
 
-    method: str = "cam"
-    """cam; or grad-cam and others of the package grad-cam (distillkit[cam]), which need no particular head."""
+    method: Literal["cam", "grad-cam", "grad-cam++", "hires-cam", "layer-cam", "xgrad-cam"] = "cam"
+    """cam; or one of the package grad-cam (distillkit[cam]), which need no particular head."""
     target_layer: str | None = None
     """For those, module path of the layer that is looked at; null: the one that makes the last map."""
     scales: Annotated[list[Positive], Field(min_length=1)] = [0.5, 1.0, 1.5, 2.0]
@@ -116,6 +116,12 @@ class Cam(Strict):
     thresholds: Annotated[list[Share], Field(min_length=1)] = [0.1, 0.15, 0.2, 0.25, 0.3]
     """Strengths of the background that maps are scored with; the best one counts."""
 
+    @model_validator(mode="after")
+    def _layer_has_a_method(self) -> Self:
+        if self.method == "cam" and self.target_layer is not None:
+            raise ValueError("target_layer is for methods that look at a layer, such as grad-cam; method: cam has none")
+        return self
+
 
 class Masks(Strict):
     """How pseudo masks are made of class activation maps."""
@@ -125,7 +131,7 @@ class Masks(Strict):
     above it. crf: the strongest class after a dense CRF, which starts from the maps and the threshold."""
     threshold: Share | None = 0.25
     """Of the maps, or with rule: saliency of the saliency map; null: the one of cam.thresholds that scores best on the
-    val split, in a run."""
+    val split, in a run; of the saliency map, 0.5."""
 
 
 class SegmentData(Strict):

@@ -6,32 +6,37 @@ yet. What the folder's files were made with is in its cams.json, and a call that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
 from distillkit.data.label_store import weights_sha256
-from distillkit.data.segmentation import MaskFiles
+from distillkit.data.segmentation import BACKGROUND, MaskFiles
 from distillkit.evaluation.cam import class_maps
-from distillkit.evaluation.cam_drawing import draw_class_maps, mask_picture
+from distillkit.evaluation.cam_drawing import draw_class_maps, draw_mask, mask_picture
 from distillkit.evaluation.classes import normalised
+from distillkit.evaluation.crf import crf_backend
+from distillkit.evaluation.draw import beside
 from distillkit.evaluation.predict import evaluating, in_order
 from distillkit.evaluation.pseudo_masks import pseudo_mask
 from distillkit.evaluation.segmentation import confusion_matrix
-from distillkit.schema import Cam, Masks, WeakRecipe
+from distillkit.recipe import train_of
+from distillkit.schema import Cam, Masks, Recipe, WeakRecipe
 from distillkit.training import build, checkpoint
 from distillkit.training.build import Classes
 from distillkit.training.errors import RunError
 from distillkit.training.folder import alone_in
-from distillkit.training.named import named_model
+from distillkit.training.mask_predict import shares_of
+from distillkit.training.named import folder_of, named_model
 from distillkit.training.pictures import check_headers, named_pictures, read_picture
 from distillkit.training.processes import processes
 
@@ -69,7 +74,7 @@ class LoosePictures(Dataset[tuple[Tensor, dict[str, Any]]]):
 
 
 def cam(
-    recipe: WeakRecipe,
+    recipe: Recipe,
     name: str | None,
     folder: Path,
     split: Literal["train", "val", "test"] = "train",
@@ -77,48 +82,111 @@ def cam(
     maps: bool = False,
     overlays: bool = False,
     progress: Progress | None = None,
-) -> int:
+) -> tuple[int, int]:
     """`distillkit cam`: files of a split of a recipe, made with its labels, or of other ``images``; see ``write_cams``.
 
     Args:
         name: what ``named_model`` takes.
 
     Returns:
-        how many pictures this process has made files of.
+        how many pictures there are, and of how many this call, in all its processes, has made the files.
+
+    Raises:
+        RunError: a recipe of another task; no such model or split; what else ``write_cams`` raises.
     """
-    size = recipe.cam.size
-    if recipe.masks.threshold is None:
+    if not isinstance(recipe, WeakRecipe):
         raise RunError(
-            "masks.threshold is null, which a run chooses on its val split: give it, as in masks.threshold=0.2"
+            f"activation maps are made by recipes of the task weak-segmentation, and the task of {recipe.name!r} is "
+            f"{recipe.task}: write one, with this classifier as its student"
         )
+    check_classifier(recipe, name)
+    masks = masks_of(recipe, folder_of(recipe, name))
     if images:
-        named = [path for path, _ in named_pictures(images, folder / "masks")]
-        check_headers(named)
-        classes = build.build_classes(recipe).classes
-        data: Any = LoosePictures(named, None if size is None else (size[0], size[1]))
+        data: Any = _loose(recipe, images, folder)
+        classes: Sequence[str] = build.build_classes(recipe).classes
+        source: dict[str, Any] = {"images": [str(path.resolve()) for path in images]}
     else:
         data = build.build_data(recipe, split, augmented=False)
-        classes = data.classes
+        classes, source = data.classes, source_of_split(recipe, split)
     model = named_model(recipe, name, len(classes))
-    how = recipe.cam, recipe.masks, maps, overlays, recipe.data.workers, progress
+    how = recipe.cam, masks, source, maps, overlays, recipe.data.workers, progress
     with alone_in(folder) if processes().is_main_process else nullcontext():
-        return write_cams(model, data, classes, folder, *how)
+        made = write_cams(model, data, classes, folder, *how)
+    return len(data), sum(gather_object([made]))
+
+
+def check_classifier(recipe: WeakRecipe, name: str | Path | None) -> None:
+    """Raises RunError for a row that trains a segmentation model alone: its classifier is as it was drawn at random."""
+    for row in recipe.compare:
+        if row.row == name and row.masks == "true" and not train_of(recipe, row.train).epochs:
+            raise RunError(
+                f"the row {name!r} learns from true masks and trains no classifier, so it has no activation maps: name "
+                "another row, or ask for its segmentation model (distillkit eval --task segment)"
+            )
+
+
+def masks_of(recipe: WeakRecipe, folder: Path | None) -> Masks:
+    """How pseudo masks are made: as the recipe says, and where it names no threshold, with the one that was best on its
+    val split.
+
+    Args:
+        folder: of a row, as the run left it; None: of a model that the run has not trained.
+
+    Raises RunError where there is no such threshold.
+    """
+    if recipe.masks.threshold is not None or recipe.masks.rule == "saliency":
+        return recipe.masks
+    if folder is None or not (folder / "result.json").exists():
+        raise RunError(
+            "masks.threshold is null, which a run chooses for each of its rows on its val split: name such a row, or "
+            "give the threshold, as in masks.threshold=0.2"
+        )
+    best = checkpoint.read_json(folder / "result.json")["scores"]["cam_threshold"]
+    return recipe.masks.model_copy(update={"threshold": best})
+
+
+def source_of_split(recipe: WeakRecipe, split: str) -> dict[str, Any]:
+    """Of a split, what its files are made from, for ``write_cams``."""
+    said = recipe.data.model_dump(exclude={"size", "batch", "workers", "short_side", "augment"})
+    return {"split": split, **said}
 
 
 def predict_cams(recipe: WeakRecipe, model: nn.Module, data: Classes, asked: Asked) -> list[dict[str, Any]]:
-    """`distillkit predict`: pseudo masks and overlays of pictures, by the classes that the model finds in them.
+    """`distillkit predict`: masks/NAME.png and overlays/NAME.jpg of pictures, as ``write_cams`` makes them, by the
+    classes that the model finds in them; and predictions.json.
 
-    Returns what predictions.json holds: file, and mask, its path.
+    Returns:
+        what predictions.json holds, one row a picture: file; mask, its path; and under classes the share of the
+        picture's pixels that each class has, of those that were found, the largest first.
     """
-    named = named_pictures(asked.images, asked.folder / "masks")
-    check_headers(path for path, _ in named)
-    size = recipe.cam.size
-    pictures = LoosePictures([path for path, _ in named], None if size is None else (size[0], size[1]))
-    seen = (lambda done, total: asked.progress("pictures", done, total)) if asked.progress else None
-    write_cams(model, pictures, data.classes, asked.folder, recipe.cam, recipe.masks, overlays=True, progress=seen)
-    rows = [{"file": str(path), "mask": str(target)} for path, target in named]
+    check_classifier(recipe, asked.weights)
+    if (asked.folder / MANIFEST).exists():
+        raise RunError(f"{asked.folder} holds what distillkit cam wrote, and goes on with: name another folder")
+    pictures = _loose(recipe, asked.images, asked.folder)
+    masks = masks_of(recipe, folder_of(recipe, asked.weights))
+    writer = _Writer(model, pictures, data.classes, asked.folder, recipe.cam, masks, overlays=True)
+    rows: list[dict[str, Any]] = []
+    for number, mask in enumerate(writer.write(range(len(pictures))), 1):
+        path = pictures.paths[number - 1]
+        shares = shares_of(mask, [BACKGROUND, *data.classes])
+        rows.append({"file": str(path), "mask": str(writer.mask_file(path.stem)), "classes": shares})
+        if asked.progress is not None:
+            asked.progress("pictures", number, len(pictures))
     checkpoint.write_json(asked.folder / "predictions.json", rows)
     return rows
+
+
+def _loose(recipe: WeakRecipe, images: Sequence[Path], folder: Path) -> LoosePictures:
+    """Pictures that a command line names. Raises RunError where they cannot be had, or lack what masks are made of."""
+    if recipe.masks.rule == "saliency":
+        raise RunError(
+            "masks.rule is saliency, and pictures that are no split of the recipe have no saliency maps: choose "
+            "masks.rule=threshold or crf"
+        )
+    named = [path for path, _ in named_pictures(images, folder / "masks")]
+    check_headers(named)
+    size = recipe.cam.size
+    return LoosePictures(named, None if size is None else (size[0], size[1]))
 
 
 def write_cams(
@@ -128,65 +196,146 @@ def write_cams(
     folder: Path,
     cam: Cam,
     masks: Masks,
+    source: Mapping[str, Any],
     maps: bool = False,
     overlays: bool = False,
     workers: int = 0,
     progress: Progress | None = None,
 ) -> int:
-    """Write masks/KEY.png of every picture: its pseudo mask, 0 = background, i + 1 = classes[i].
+    """Write masks/KEY.png of every picture: its pseudo mask, 0 = background, i + 1 = classes[i], at its size.
 
-    Several processes share the pictures.
+    Pictures whose mask is there are left out. Several processes share the others.
 
     Args:
         model: the classifier; it is moved to this process's device.
         data: a set of ``training.build.label_data`` for evaluation, or ``LoosePictures``. A picture without labels in
-            its target has those classes that the model finds likelier than not, or else the likeliest.
-        maps: also cams/KEY/CLASS.png, grey, 255 times each class's map.
-        overlays: also overlays/KEY.jpg, the maps drawn over the picture.
+            its target has those classes that the model finds likelier than not, or else the likeliest; a student of
+            local-to-global transfer, which learns where classes are and not whether, tends to find too many.
+        source: where pictures and labels are from: files made from others are not gone on with.
+        maps: also cams/KEY/CLASS.png of the picture's classes, grey, 255 times each class's map.
+        overlays: also overlays/KEY.jpg: the picture, the maps drawn over it, and its mask.
+        workers: processes that read pictures.
         progress: called with pictures done, and all of them.
 
     Returns:
         How many pictures this process has made files of; those of the others were there.
 
     Raises:
-        RunError: the folder was written with another model or other settings; a picture without what the rule reads.
-        DataError: a picture that cannot be read.
+        RunError: the folder was written with another model or other settings; a picture of which no maps can be made,
+            or that lacks what the rule reads. DataError: a picture that cannot be read.
     """
     state = processes()
-    model.to(state.device)
-    _check_manifest(folder, _manifest(model, classes, cam, masks, maps, overlays))
-    mine = range(state.process_index, len(data.keys), state.num_processes)
-    missing = [i for i in mine if not _mask_file(folder, data.keys[i]).exists()]
-    there = len(mine) - len(missing)
-    with evaluating(model):
-        for done, ((image, target),) in enumerate(in_order(_Part(data, missing), 1, workers), there + 1):
-            key, (picture, size) = target["key"], _original(data, missing[done - there - 1], image, target)
-            image = image.to(state.device)
-            labels = target["labels"] if "labels" in target else _likely(model, image)
-            how = cam.scales, cam.flip, cam.method, size, cam.target_layer
-            found = class_maps(model, image, labels, *how).cpu()
-            mask = pseudo_mask(found, masks.rule, masks.threshold, _saliency(masks, target, size), picture)
-            for i in labels.nonzero().flatten().tolist() if maps else ():
-                grey = Image.fromarray((255 * found[i]).round().byte().numpy())
-                _write(_below(folder / "cams", f"{key}/{classes[i]}.png"), grey, "png")
-            if overlays:
-                _write(_below(folder / "overlays", f"{key}.jpg"), draw_class_maps(picture, found, classes), "jpeg")
-            _write(_mask_file(folder, key), mask_picture(mask), "png")
-            if progress is not None:
-                progress(done, len(mine))
+    writer = _Writer(model, data, classes, folder, cam, masks, maps, overlays, workers)
+    _check_manifest(folder, writer.manifest(source))
+    mine = range(state.process_index, len(writer.keys), state.num_processes)
+    missing = [i for i in mine if not writer.mask_file(writer.keys[i]).exists()]
+    seen = progress or (lambda done, total: None)
+    seen(there := len(mine) - len(missing), len(mine))
+    for done, _ in enumerate(writer.write(missing), there + 1):
+        seen(done, len(mine))
     state.wait_for_everyone()
     return len(missing)
+
+
+class _Writer:
+    """Makes the files of pictures; arguments are those of ``write_cams``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        classes: Sequence[str],
+        folder: Path,
+        cam: Cam,
+        masks: Masks,
+        maps: bool = False,
+        overlays: bool = False,
+        workers: int = 0,
+    ):
+        self.model, self.data, self.classes, self.folder = model.to(processes().device), data, list(classes), folder
+        self.cam, self.masks, self.maps, self.overlays, self.workers = cam, masks, maps, overlays, workers
+        self.keys = keys_of(data)
+
+    def manifest(self, source: Mapping[str, Any]) -> dict[str, Any]:
+        """What the files depend on."""
+        return {
+            "format": "distillkit-cams-1",
+            "model": type(self.model).__name__,
+            "weights": weights_sha256(self.model),
+            "classes": self.classes,
+            "source": dict(source),
+            "cam": self.cam.model_dump(exclude={"thresholds"}),
+            "masks": self.masks.model_dump(),
+            "crf": crf_backend() if self.masks.rule == "crf" else None,
+            "maps": self.maps,
+            "overlays": self.overlays,
+        }
+
+    def write(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        """The mask of each of these pictures, int64 (H, W), once its files are there."""
+        with evaluating(self.model):
+            for index, [(image, target)] in zip(indices, in_order(_Part(self.data, indices), 1, self.workers)):
+                try:
+                    mask = self._of_one(index, image, target)
+                except ValueError as error:
+                    raise RunError(f"picture {target['key']}: {error}") from error
+                yield mask
+
+    def _of_one(self, index: int, image: Tensor, target: dict[str, Any]) -> Tensor:
+        key, picture = target["key"], _original(self.data, index, image, target)
+        image, size = image.to(processes().device), (picture.shape[1], picture.shape[2])
+        labels = target["labels"] if "labels" in target else _likely(self.model, image)
+        how = self.cam.scales, self.cam.flip, self.cam.method, size, self.cam.target_layer
+        found = class_maps(self.model, image, labels, *how).cpu()
+        mask = masked(found, self.masks, picture, target)
+        for i in labels.nonzero().flatten().tolist() if self.maps else ():
+            grey = Image.fromarray((255 * found[i]).round().byte().numpy())
+            _write(_below(self.folder / "cams", f"{key}/{self.classes[i]}.png"), grey, "png")
+        if self.overlays:
+            drawn = [draw_class_maps(picture, found, self.classes), draw_mask(picture, mask, "mask")]
+            _write(_below(self.folder / "overlays", f"{key}.jpg"), beside(drawn), "jpeg")
+        _write(self.mask_file(key), mask_picture(mask), "png")
+        return mask
+
+    def mask_file(self, key: str) -> Path:
+        return mask_file(self.folder, key)
+
+
+def masked(maps: Tensor, masks: Masks, picture: Tensor, target: Mapping[str, Any]) -> Tensor:
+    """The pseudo mask (H, W) of class maps (C, H, W), by the rule that ``masks`` names.
+
+    Args:
+        picture: uint8 (3, H, W).
+        target: with the picture's key and, for the rule saliency, its map.
+
+    Raises RunError where that is missing.
+    """
+    saliency = None
+    if masks.rule == "saliency":
+        if not target.get("has_saliency", False):
+            raise RunError(
+                f"picture {target['key']} has no saliency map, and masks.rule is saliency: add it to data.saliency, or "
+                "choose threshold or crf"
+            )
+        saliency = F.resize(target["saliency"], list(maps.shape[1:]), F.InterpolationMode.NEAREST)
+    return pseudo_mask(maps, masks.rule, masks.threshold, saliency, picture)
+
+
+def keys_of(data: Any) -> list[str]:
+    """Of a set's pictures, in order; those of a set that does not list them are read with every one of them."""
+    listed = getattr(data, "keys", None)
+    return list(listed) if listed is not None else [data[0, i][1]["key"] for i in range(len(data))]
 
 
 def masks_against_truth(folder: Path, data: Any, classes: Sequence[str]) -> np.ndarray | None:
     """Pixels of the folder's masks against those of the set's true ones: int64 (C + 1, C + 1), rows the truth; None
     where the set has no masks."""
     total = np.zeros((len(classes) + 1,) * 2, np.int64)
-    for index, key in enumerate(data.keys):
+    for index, key in enumerate(keys_of(data)):
         truth = data[0, index][1].get("mask")
         if truth is None:
             return None
-        with Image.open(_mask_file(folder, key)) as picture:
+        with Image.open(mask_file(folder, key)) as picture:
             found = torch.from_numpy(np.array(picture)).long()
         total += confusion_matrix(found, truth, len(classes) + 1).numpy()
     return total
@@ -205,22 +354,6 @@ class _Part(Dataset[Any]):
         return self.data[place[0], self.indices[place[1]]]
 
 
-def _manifest(
-    model: nn.Module, classes: Sequence[str], cam: Cam, masks: Masks, maps: bool, overlays: bool
-) -> dict[str, Any]:
-    """What the files depend on."""
-    return {
-        "format": "distillkit-cams-1",
-        "model": type(model).__name__,
-        "weights": weights_sha256(model),
-        "classes": list(classes),
-        "cam": cam.model_dump(),
-        "masks": masks.model_dump(),
-        "maps": maps,
-        "overlays": overlays,
-    }
-
-
 def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
     path = folder / MANIFEST
     if path.exists():
@@ -236,15 +369,13 @@ def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
     processes().wait_for_everyone()
 
 
-def _original(data: Any, index: int, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, tuple[int, int]]:
-    """The picture as its file has it, uint8 (3, H, W), and its (height, width)."""
+def _original(data: Any, index: int, image: Tensor, target: dict[str, Any]) -> Tensor:
+    """The picture as its file has it, uint8 (3, H, W)."""
     if "picture" in target:
-        pixels = torch.from_numpy(target["picture"]).permute(2, 0, 1)
-    elif isinstance(data, MaskFiles):
-        pixels = torch.from_numpy(np.array(read_picture(data.records[index].image))).permute(2, 0, 1)
-    else:  # of a set of one's own: as it gives it
-        pixels = (255 * image.clamp(0, 1)).round().byte().cpu()
-    return pixels, (pixels.shape[1], pixels.shape[2])
+        return torch.from_numpy(target["picture"]).permute(2, 0, 1)
+    if isinstance(data, MaskFiles):
+        return torch.from_numpy(np.array(read_picture(data.records[index].image))).permute(2, 0, 1)
+    return (255 * image.clamp(0, 1)).round().byte().cpu()  # of a set of one's own: as it gives it
 
 
 @torch.inference_mode()
@@ -254,18 +385,8 @@ def _likely(model: nn.Module, image: Tensor) -> Tensor:
     return ((shares > SHOWN) | (shares == shares.max())).float()
 
 
-def _saliency(masks: Masks, target: dict[str, Any], size: tuple[int, int]) -> Tensor | None:
-    if masks.rule != "saliency":
-        return None
-    if not target.get("has_saliency", False):
-        raise RunError(
-            f"picture {target['key']} has no saliency map, and masks.rule is saliency: add it to data.saliency, or "
-            "choose threshold or crf"
-        )
-    return F.resize(target["saliency"], list(size), F.InterpolationMode.NEAREST)
-
-
-def _mask_file(folder: Path, key: str) -> Path:
+def mask_file(folder: Path, key: str) -> Path:
+    """Where the pseudo mask of a picture is written."""
     return _below(folder / "masks", f"{key}.png")
 
 

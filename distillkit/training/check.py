@@ -200,13 +200,15 @@ def _rehearsed(
     """Build the model and make one step forward and back, as training does, from the same first weights; score it."""
     taught = step.recipe
     train = data["train"] if taught is recipe else build.build_data(taught, "train", augmented=True)
-    check_settings(step.train, len(train), taught.data.batch, drop_last(recipe))
+    if taught.task != recipe.task:  # what learns from this recipe's masks
+        data = {"val": build.build_data(taught, "val", augmented=False)}
+    check_settings(step.train, len(train), taught.data.batch, drop_last(taught))
     classes = len(train.classes)
     checkpoint.seed_everything(recipe.seed)
-    model = build.build_model(step.model, classes, recipe.evaluate)
-    distillers = build.build_distillers(recipe, step.distillers, classes, step.train)
-    items = [train[0, i] for i in range(min(task_of(recipe).DRY, taught.data.batch, len(train)))]
-    wrapped = build.build_wrapped(recipe, model, teachers, distillers)
+    model = build.build_model(step.model, classes, taught.evaluate)
+    distillers = build.build_distillers(taught, step.distillers, classes, step.train)
+    items = [train[0, i] for i in range(min(task_of(taught).DRY, taught.data.batch, len(train)))]
+    wrapped = build.build_wrapped(taught, model, teachers, distillers)
     try:
         check_optimizer(step, wrapped)
         wrapped.train()
@@ -220,7 +222,7 @@ def _rehearsed(
     finally:
         wrapped.unwrap()
     values = {name: value.item() for name, value in losses.items() if name != OUTPUT}
-    _score(recipe, model, data)
+    _score(taught, model, data)
     said = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
     yield Finding("ok", step.where, f"{_described(model)}; one step: {said}")
     boxes = sum(len(target.get("boxes", ())) for _, target in items)

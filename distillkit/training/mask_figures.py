@@ -47,7 +47,7 @@ def pictures(samples: Sequence[Sample], models: Mapping[str, nn.Module], classes
         size = target["mask"].shape[::-1]
         panels = {"picture": picture.resize(size, Image.Resampling.BILINEAR)}
         panels |= {name: overlay(picture, mask) for name, mask in masks.items()}
-        rows.append(beside([titled(_enlarged(panel), name) for name, panel in panels.items()]))
+        rows.append(beside([titled(enlarged(panel), name) for name, panel in panels.items()]))
     named = [(tuple(PALETTE[label].tolist()), classes[label]) for label in sorted(seen - {IGNORE})]
     rows.append(_legend(named, max(row.width for row in rows)))
     return sheet(rows)
@@ -98,7 +98,7 @@ def _found(model: nn.Module, image: Tensor, mask: Tensor) -> Tensor:
     return predicted_classes(logits, (mask.shape[0], mask.shape[1]))
 
 
-def _enlarged(picture: Image.Image) -> Image.Image:
+def enlarged(picture: Image.Image) -> Image.Image:
     """Small ones by a whole factor, so that they can be seen."""
     factor = max(1, SIDE // 2 // min(picture.size))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)

@@ -45,7 +45,7 @@ def predict_masks(recipe: SegmentationRecipe, model: nn.Module, data: Classes, a
         _write(asked.folder / "overlays" / target.name, overlay(picture, mask))
         if asked.saliency:
             _write(asked.folder / "saliency" / target.name, _saliency(logits))
-        rows.append({"file": str(path), "mask": str(target), "classes": _shares(mask, data.classes)})
+        rows.append({"file": str(path), "mask": str(target), "classes": shares_of(mask, data.classes)})
         if asked.progress is not None:
             asked.progress("pictures", number, len(named))
     checkpoint.write_json(asked.folder / "predictions.json", rows)
@@ -67,7 +67,8 @@ def _saliency(logits: Tensor) -> Image.Image:
     return Image.fromarray((255 * salient).round().to(torch.uint8).cpu().numpy(), "L")
 
 
-def _shares(mask: Tensor, classes: list[str]) -> list[dict[str, Any]]:
+def shares_of(mask: Tensor, classes: list[str]) -> list[dict[str, Any]]:
+    """Of a mask's pixels, by class: class and share, the largest first; those of classes that are there alone."""
     counts = mask.flatten().bincount(minlength=IGNORE + 1)[: len(classes)]
     order = [int(i) for i in counts.argsort(descending=True, stable=True) if counts[i]]
     return [{"class": classes[i], "share": int(counts[i]) / mask.numel()} for i in order]

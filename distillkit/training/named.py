@@ -45,6 +45,16 @@ def named_model(recipe: Recipe, name: str | Path | None, classes: int) -> nn.Mod
     return student
 
 
+def folder_of(recipe: Recipe, name: str | Path | None) -> Path | None:
+    """Where the run keeps a row, or a teacher that it trains; None for every other model that can be named."""
+    if name in {row.row for row in recipe.compare}:
+        return _run_folder(recipe) / recipes.slug(str(name))
+    teacher = build.teacher_configs(recipe).get(str(name))
+    if teacher is None or teacher.train is None or teacher.checkpoint is not None:
+        return None
+    return _run_folder(recipe) / build.teacher_folder(str(name))
+
+
 def _empty(recipe: Recipe, config: schema.AnyModel, classes: int) -> nn.Module:
     """A model whose weights are all read afterwards: those that it would start a training from need not be had."""
     without = {"pretrained": False} if "pretrained" in type(config).model_fields else {}

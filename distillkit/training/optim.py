@@ -56,7 +56,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         for (factor, plain), parameters in groups.items()
     ]
     if config.kind == "sgd":
-        return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum)
+        return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
     return torch.optim.AdamW(settings, lr=config.lr)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from torch import nn
@@ -15,6 +16,7 @@ from distillkit.schema import Recipe
 from distillkit.training import build
 from distillkit.training.errors import RunError
 from distillkit.training.optim import build_optimizer
+from distillkit.training.weak import SEGMENT, segmentation_recipe
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def teacher_place(name: str) -> str:
 
 
 def planned(recipe: Recipe) -> Iterator[Planned]:
-    """All trainings: of teachers that are trained first, then of every row."""
+    """All trainings: of teachers that are trained first, then of every row, then of what learns from their masks."""
     for name, config in build.teacher_configs(recipe).items():
         if config.train is not None and config.checkpoint is None:
             train = recipes.train_of(recipe, config.train)
@@ -52,6 +54,21 @@ def planned(recipe: Recipe) -> Iterator[Planned]:
         model, train = recipes.student_of(recipe, row.student), recipes.train_of(recipe, row.train)
         taught = recipes.taught_by(recipe, row.data)
         yield Planned(f"compare.{i} ({row.row})", recipes.slug(row.row), model, train, row.distillers, taught)
+    if isinstance(recipe, schema.WeakRecipe) and recipe.segment is not None:
+        yield from _segmenting(recipe)
+
+
+def _segmenting(recipe: schema.WeakRecipe) -> Iterator[Planned]:
+    """Of the segmentation models those of the first row, and of the first that learns from true masks: the others
+    differ in their masks alone. Pseudo masks are not there yet; those of the val split stand for them."""
+    assert isinstance(recipe.data, schema.VocLabelData)  # else a recipe has no segment
+    rows = {row.masks: row for row in reversed(recipe.compare)}
+    for masks, row in rows.items():
+        folder = Path(recipe.output) / recipe.name / recipes.slug(row.row)
+        run = segmentation_recipe(recipe, folder, None)
+        if masks == "pseudo":
+            run = run.model_copy(update={"data": run.data.model_copy(update={"train": recipe.data.val})})
+        yield Planned(f"segment ({masks} masks)", f"{folder.name}/{SEGMENT}", run.student, run.train, "none", run)
 
 
 def check_teacher(where: str, config: schema.AnyTeacher, classes: int) -> None:

@@ -50,4 +50,5 @@ def predict(
     classes = build.build_classes(recipe)
     model = named_model(recipe, weights, len(classes.classes))
     model.to(processes().device).eval()
-    return task_of(recipe).predict(recipe, model, classes, Asked(images, folder, submission, saliency, progress))
+    asked = Asked(images, folder, submission, saliency, progress, weights)
+    return task_of(recipe).predict(recipe, model, classes, asked)

@@ -147,7 +147,9 @@ class Jobs:
         check_submission(self.recipe, self.judged)
         for step in steps:
             try:
-                check_settings(step.train, len(self.train), step.recipe.data.batch, drop_last(self.recipe))
+                if step.recipe.task != self.recipe.task:  # raises where its masks are not there
+                    build.build_data(step.recipe, "train", augmented=True)
+                check_settings(step.train, len(self.train), step.recipe.data.batch, drop_last(step.recipe))
                 check_optimizer(step, self._model(step.model))
             except RunError as error:
                 raise RunError(f"{step.where}: {error}") from error

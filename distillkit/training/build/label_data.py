@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from distillkit import plugins, schema
 from distillkit.data.mask_transforms import MaskAugment, MaskResize, MaskTransform
-from distillkit.data.weak import VocLabels
+from distillkit.data.problems import DataError, Problem
+from distillkit.data.weak import VocLabels, label_classes
 from distillkit.schema import WeakRecipe
 from distillkit.training.build.classes import Classes, pair, source_of
 
@@ -15,15 +17,46 @@ def build(recipe: WeakRecipe, split: str, augmented: bool) -> Any:
     """A set with labels: as a classifier is trained on it, or as its activation maps are made and judged."""
     data, source = recipe.data, source_of(recipe, split)
     how: dict[str, Any] = {"transform": _augment(data) if augmented else resize_of(recipe), "seed": recipe.seed}
-    if isinstance(data, schema.VocLabelData):
-        masks = None if augmented else data.masks
-        return VocLabels(data.root, source, data.classes, data.labels, data.saliency, masks, data.images, **how)
-    return plugins.build("data", data.name, split=split, **how, **data.options)
+    if not isinstance(data, schema.VocLabelData):
+        return plugins.build("data", data.name, split=split, **how, **data.options)
+    labelling = data.masks if data.labels == "masks" else None
+    pictures = VocLabels(data.root, source, data.classes, data.labels, None, labelling, data.images, **how)
+    saliency, masks = data.saliency, labelling if augmented else data.masks
+    if split == "train" and labelling is None:  # true masks of what is trained on only judge pseudo masks
+        masks = masks if _any(data, masks, pictures) else None
+    if split != "train":  # and saliency elsewhere is only looked at
+        saliency = saliency if _any(data, saliency, pictures) else None
+    made = VocLabels(data.root, source, data.classes, data.labels, saliency, masks, data.images, **how)
+    if split == "train" and recipe.masks.rule == "saliency":
+        _check_saliency(made)
+    return made
+
+
+def _any(data: schema.VocLabelData, folder: str | None, pictures: VocLabels) -> bool:
+    """Whether a folder has a file of one of the pictures: what belongs to it is then asked of all of them."""
+    return folder is not None and any((Path(data.root) / folder / f"{key}.png").is_file() for key in pictures.keys)
+
+
+def _check_saliency(pictures: VocLabels) -> None:
+    """Raises DataError for pictures without a saliency map, whose pseudo masks could not be made after hours."""
+    remedy = "masks.rule is saliency: add the map, or choose threshold or crf"
+    missing = [record.key for record in pictures.records if record.saliency is None]
+    if missing:
+        raise DataError(
+            [Problem(pictures.source, f"image {key}", "no saliency map of this picture", remedy) for key in missing]
+        )
 
 
 def classes_of(recipe: WeakRecipe) -> Classes:
-    """The foreground."""
-    names = build(recipe, "val", augmented=False).classes
+    """The foreground, from files beside the pictures where they say it."""
+    data = recipe.data
+    if isinstance(data, schema.VocLabelData):
+        problems: list[Problem] = []
+        names = label_classes(Path(data.root), data.classes, data.labels, problems)
+        if problems:
+            raise DataError(problems)
+    else:
+        names = build(recipe, "val", augmented=False).classes
     return Classes(list(names), list(range(1, len(names) + 1)))
 
 

@@ -81,6 +81,7 @@ class Asked:
         submission: also the files of this task of DOTA.
         saliency: also maps of what is no background.
         progress: called with what is done, and how much of it of how much.
+        weights: which model, as it was named.
     """
 
     images: Sequence[Path]
@@ -88,6 +89,7 @@ class Asked:
     submission: Any = None
     saliency: bool = False
     progress: NamedProgress | None = None
+    weights: str | Path | None = None
 
 
 class Exported(NamedTuple):

@@ -95,8 +95,9 @@ def whole(recipe: WeakRecipe, found: Sequence[dict[str, Any]], data: Any) -> lis
 def judge(recipe: WeakRecipe, found: Sequence[dict[str, Any]], data: Any) -> CamResult:
     """Of the activation maps; what comes after them is not known yet (-1)."""
     result = cam_metrics(found, data.classes)
+    first = {name: result.numbers[name] for name in ("miou", "mAP")}
     later = {"mask_miou": -1.0, "miou": -1.0}
-    return replace(result, numbers={f"cam_{name}": value for name, value in result.numbers.items()} | later)
+    return replace(result, numbers={f"cam_{name}": n for name, n in (first | result.numbers).items()} | later)
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -117,7 +118,8 @@ def read_files(recipe: WeakRecipe, split: Any, progress: Progress | None = None)
     if getattr(recipe.data, split, None) is None:
         return
     try:
-        data = build.build_data(recipe, split, augmented=split == "train")
+        # true masks of training pictures, where there are some, judge pseudo masks
+        data = build.build_data(recipe, split, augmented=split == "train" and recipe.segment is None)
     except DataError:  # said where the set is built
         return
     if isinstance(data, MaskFiles):
