@@ -80,9 +80,10 @@ class DistilledModel(nn.Module):
         self._online = {name: t for name, t in teachers.items() if isinstance(t, OnlineTeacher)}
         # frozen teachers stand outside the module tree: parameters, state_dict, DDP and checkpoints never see them
         self._frozen = {name: t for name, t in teachers.items() if isinstance(t, Teacher)}
+        normalising: dict[str, Teacher | OnlineTeacher] = {**self._frozen, **self._online}
         self._renormalise = {
             name: change
-            for name, t in {**self._frozen, **self._online}.items()
+            for name, t in normalising.items()
             if (change := renormalisation(adapter, student, name, t)) is not None
         }
         device = next((p.device for p in student.parameters()), torch.device("cpu"))
