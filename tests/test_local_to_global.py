@@ -269,7 +269,8 @@ def test_loss_is_that_of_the_formula():
     torch.manual_seed(3)
     boxes = draw_boxes(2, 2, (56, 56), (40, 40))
     crops = cut(x, boxes, (40, 40))
-    target = local_targets(local.maps(local.stem(crops)), labels.repeat_interleave(2, 0))
+    found = local.maps(local.stem(crops))[:, :3]  # what is background is what is no class
+    target = local_targets(found, labels.repeat_interleave(2, 0), background=False)
     seen = at_boxes(model.student.maps(model.student.stem(x)), boxes, (56, 56), (10, 10))
     assert loss.item() == pytest.approx(10 * transfer_loss(seen, target).item(), rel=1e-5)
 
@@ -305,9 +306,33 @@ def test_any_timm_classifier_without_names():
 
 
 def test_classes_of_single_label_pictures():
-    model, _ = wrapped()
-    losses = model(pictures()[0], torch.tensor([0, 2]))
-    assert losses.total.isfinite()
+    x, transferred = pictures()[0], []
+    for labels in (torch.tensor([0, 2]), torch.tensor([[1.0, 0, 0], [0, 0, 1]])):
+        model, local = wrapped()
+        torch.manual_seed(1)
+        losses = model(x, labels)
+        transferred.append(losses["local_to_global"].item())
+        if labels.dim() == 1:
+            torch.manual_seed(1)
+            crops = cut(x, draw_boxes(2, 4, (56, 56), (40, 40)), (40, 40))
+            wanted = nn.functional.cross_entropy(local(crops), labels.repeat_interleave(4))
+            assert losses["local"].item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert transferred[0] == transferred[1]
+
+
+def test_background_is_the_rest_or_the_channel_that_the_release_has():
+    x, labels = pictures()
+    losses = []
+    for options in ({}, {"background": "rest"}, {"background": "channel"}):
+        model, local = wrapped(**options)
+        with torch.no_grad():
+            local.maps.bias[3] = 50.0  # a channel that nothing teaches
+        torch.manual_seed(1)
+        losses.append(model(x, labels)["local_to_global"].item())
+    assert losses[0] == losses[1] != losses[2]
+    assert LocalToGlobal(convention="release").background == "channel"
+    with pytest.raises(ValueError, match="background must be None, 'rest' or 'channel', got 'none'"):
+        LocalToGlobal(background="none")
 
 
 def test_a_step_that_fails_leaves_nothing():
@@ -324,7 +349,7 @@ def test_a_step_that_fails_leaves_nothing():
 def test_two_networks_of_other_classes():
     torch.manual_seed(0)
     model = distillkit.wrap(Cam(3), distillers=[LocalToGlobal(Cam(4), student_at="maps", local_at="maps")])
-    with pytest.raises((ViewError, ValueError, RuntimeError)):
+    with pytest.raises(ValueError, match=r"gives logits \(8, 4\) of the crops, whose labels are \(8, 3\)"):
         model(*pictures())
 
 
@@ -409,6 +434,28 @@ def test_an_online_teacher_with_another_normalisation_gets_a_renormalised_batch(
     model(x, labels)
     torch.testing.assert_close(teacher.seen[-1], x * 0.5 + 0.5)
     assert torch.equal(student.seen[-1], x)
+
+
+def test_a_saliency_function_sees_the_students_pictures():
+    class Said(Cam):
+        def __init__(self, mean):
+            super().__init__()
+            self.pretrained_cfg = {"mean": mean, "std": (0.5,) * 3}
+
+    seen = []
+
+    def saliency(x):
+        seen.append(x)
+        return torch.ones(len(x), 1, *x.shape[2:])
+
+    local = Said((0.1,) * 3)
+    fed = []
+    local.stem.register_forward_pre_hook(lambda module, args: fed.append(args[0]))
+    distiller = LocalToGlobal(local, share=1.0, crops=1, saliency=saliency, student_at="maps", local_at="maps")
+    x, labels = pictures()
+    distillkit.wrap(Said((0.5,) * 3), distillers=[distiller])(x, labels)
+    assert seen[0] is x
+    torch.testing.assert_close(fed[0], x + 0.8)
 
 
 def test_a_student_that_fails_leaves_no_crops():

@@ -1,7 +1,9 @@
 """Recipes named after a paper have its numbers; those of LD and of token labels are held beside their methods."""
 
 import pytest
+import torch
 
+from distillkit.data.boundary import boundary_band
 from distillkit.data.fakemix import FakeMix
 from distillkit.data.mask_transforms import MaskAugment
 from distillkit.recipe import load, taught_by, train_of
@@ -101,7 +103,10 @@ def test_bands_of_the_small_recipes_are_as_thick_as_published_for_their_size(nam
     data = load(name).data
     side = min(data.size)
     published = side * 8 / 512
+    halves = torch.zeros(*data.size, dtype=torch.int64)
+    halves[:, data.size[1] // 2 :] = 1
     for thickness in (data.boundary, data.fakemix.thickness):
-        pixels = thickness * side if thickness < 1 else thickness
-        assert abs(pixels - published) < 1
+        band = boundary_band(halves, thickness, between=data.boundary_between)
+        wide = int(band[side // 2, data.size[1] // 4 : -data.size[1] // 4].sum())  # of the border in the middle
+        assert abs(wide - published) < 1
     assert MaskAugment(tuple(data.size), None, False, boundary=data.boundary).boundary == data.boundary

@@ -389,6 +389,9 @@ def test_classes_are_known_without_pictures(tmp_path):
     assert build.build_classes(recipe_of(tmp_path, "data.classes=null")).classes == VOC_MASK_CLASSES
     trans = "{kind: trans10k, root: nowhere}"
     assert build.build_classes(recipe_of(tmp_path, f"data={trans}")).classes == ["background", "things", "stuff"]
+    coco = "{kind: coco-semantic, root: nowhere, others: background}"
+    names = build.build_classes(recipe_of(tmp_path, f"data={coco}")).classes
+    assert (names[0], len(names)) == ("background", 134)
 
 
 @pytest.mark.skipif(not DATA, reason="set DISTILLKIT_DATA to the folder of the small real data sets")

@@ -304,6 +304,16 @@ def test_training_pictures_need_no_masks(there):
         assert any("train0" in f.what for f in check(with_true) if f.level == "error")
 
 
+def test_true_masks_of_some_training_pictures_are_not_used(there):
+    (there / "set" / "SegmentationClass" / "train3.png").unlink()
+    recipe = recipe_of(there, *PLAIN)
+    assert [f.what for f in check(recipe) if f.level == "error"] == []
+    assert any("5 of 6 training pictures have a true mask" in what for what in findings(recipe, "warning"))
+    row = table_of(quiet(recipe))["student"]
+    assert row["mask_miou"] == -1
+    assert row["miou"] >= 0
+
+
 def test_labels_may_be_what_the_masks_show(there):
     (there / "set" / "SegmentationClass").rename(there / "set" / "drawn")
     by_name, by_mask = (

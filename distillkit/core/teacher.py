@@ -141,8 +141,8 @@ class OnlineTeacher:
     Args:
         model: the network; it is put in train mode with the wrapper. None: a copy of the student as it is wrapped.
         criterion: ``criterion(its output, targets) -> loss``, what it learns from; the loss bears the teacher's name.
-        feed: what it is fed, as in ``Teacher``. As there, a batch that is normalised otherwise than the model says it
-            wants is re-normalised first.
+        feed: what it is fed, a function of the student's call as in ``Teacher``. Where the model says that it wants
+            another normalisation than the student, what comes of it is re-normalised.
         targets: what its criterion gets, a function of the call's targets; these themselves unless given.
         adapter: as in ``Teacher``.
     """

@@ -271,7 +271,9 @@ class DistilledModel(nn.Module):
         self, name: str, side: Side, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[Reading, View]]:
         """A teacher that is trained too: its output, and its views, with their graph."""
-        args, kwargs = self._without_targets(side, *self._fed(name, args, kwargs))
+        # what feeds it sees the student's pictures; what comes of that is re-normalised
+        args, kwargs = self._renormalised(name, *self._online[name].feed(args, kwargs))
+        args, kwargs = self._without_targets(side, args, kwargs)
         return side.run(args, kwargs, exit_early=False)
 
     def _online_loss(self, name: str, teacher: OnlineTeacher, outputs: Mapping[str, Any], targets: Any) -> Tensor:
@@ -297,18 +299,24 @@ class DistilledModel(nn.Module):
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], cast: bool = True
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The student's call as a teacher gets it: re-normalised, cropped, in its dtype, as it asks for."""
-        teacher = self._frozen.get(name) or self._online.get(name)
+        teacher = self._frozen.get(name)
         if teacher is None:
             return args, kwargs
+        args, kwargs = self._renormalised(name, args, kwargs)
+        if teacher.feed is not None:
+            args, kwargs = teacher.feed(args, kwargs)
+        return (teacher.cast(args), teacher.cast(kwargs)) if cast else (args, kwargs)
+
+    def _renormalised(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         change = self._renormalise.get(name)
         if change is not None and args:
             args = (change(args[0]), *args[1:])
         elif change is not None:
             key = input_name(kwargs)
             kwargs = {**kwargs, key: change(kwargs[key])}
-        if teacher.feed is not None:
-            args, kwargs = teacher.feed(args, kwargs)
-        return (teacher.cast(args), teacher.cast(kwargs)) if cast and isinstance(teacher, Teacher) else (args, kwargs)
+        return args, kwargs
 
     def _acting(self) -> set[str]:
         """The distillers whose weight is not 0 from now on; all of them in a compiled step, as the host then does not

@@ -90,11 +90,22 @@ class CocoSemantic(MaskFiles):
         pictures = find_pictures(pictures_at, keys, listing, problems)
         drawn = find(masks_at, keys, [".png"], listing, problems)
         records = [Record(key, pictures[key], drawn[key]) for key in keys if key in pictures and key in drawn]
-        classes = [BACKGROUND] * (others == "background") + list(known.values())
+        classes = _named(known, others)
         checked_classes(classes, source, problems)
         self.category_ids = list(known)
         table = _table(known, others, source)
         super().__init__(listing, classes, records, table, problems, transform=transform, seed=seed)
+
+
+def semantic_classes(
+    root: Path, split: str, categories: str | Path | None, others: str | None, problems: list[Problem]
+) -> list[str]:
+    """The classes of ``CocoSemantic`` by label. No picture need be there."""
+    return _named(categories_of(root, split, categories, problems)[0], others)
+
+
+def _named(known: Mapping[int, str], others: str | None) -> list[str]:
+    return [BACKGROUND] * (others == "background") + list(known.values())
 
 
 def _all_names(masks: Path, problems: list[Problem]) -> list[str]:

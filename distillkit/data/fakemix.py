@@ -181,7 +181,7 @@ class FakeMixed(Dataset[tuple[Tensor, dict[str, Any]]]):
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
         epoch, index = place
         image, target = self.dataset[place]
-        generator = generator_for(self.seed, epoch, index)
+        generator = generator_for(-1 - self.seed, epoch, index)  # not what the set's own transform draws from
         if torch.rand((), generator=generator) >= self.fakemix.p:
             return image, target
         others = torch.randint(len(self.dataset), (self.fakemix.count,), generator=generator).tolist()

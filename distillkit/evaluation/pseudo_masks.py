@@ -17,7 +17,7 @@ from distillkit.evaluation.cam import SCALES, class_maps
 from distillkit.evaluation.classes import normalised
 from distillkit.evaluation.crf import Backend, DenseCRF, dense_crf
 from distillkit.evaluation.predict import Progress, evaluating, in_order
-from distillkit.evaluation.segmentation import confusion_matrix, mean_known, shares, total_confusion
+from distillkit.evaluation.segmentation import class_ious, confusion_matrix, mean_known, total_confusion
 
 THRESHOLD = 0.25  # of the release of L2G
 THRESHOLDS = (0.1, 0.15, 0.2, 0.25, 0.3)  # and what it sweeps
@@ -225,7 +225,7 @@ def cam_metrics(found: Sequence[dict[str, Any]], classes: Sequence[str]) -> CamR
         for name in found[0]
         if name.startswith("confusion@")
     }
-    ious = {threshold: _ious(confusion) for threshold, confusion in confusions.items()}
+    ious = {threshold: class_ious(confusion) for threshold, confusion in confusions.items()}
     best = max(ious, key=lambda threshold: mean_known(ious[threshold]))
     logits, labels = torch.stack([f["logits"] for f in found]), torch.stack([f["labels"] for f in found]) > 0
     precisions = [-1.0, *(average_precision(logits[:, i], labels[:, i]) for i in range(len(classes)))]
@@ -254,8 +254,3 @@ def average_precision(logits: Tensor, shown: Tensor) -> float:
 
     values = logits.nan_to_num(nan=-torch.inf).clamp(-torch.finfo(torch.float32).max, torch.finfo(torch.float32).max)
     return float(average_precision_score(shown.numpy(), values.numpy()))
-
-
-def _ious(confusion: np.ndarray) -> np.ndarray:
-    right = np.diag(confusion)
-    return shares(right, confusion.sum(0) + confusion.sum(1) - right)

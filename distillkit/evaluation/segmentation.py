@@ -238,6 +238,12 @@ def shares(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.where(whole > 0, part / np.maximum(whole, 1), -1.0)
 
 
+def class_ious(confusion: np.ndarray) -> np.ndarray:
+    """(C,) IoU of each class, -1 of one that is neither there nor found, from pixels (C, C), rows the truth."""
+    right = np.diag(confusion)
+    return shares(right, confusion.sum(0) + confusion.sum(1) - right)
+
+
 def mean_known(values: np.ndarray) -> float:
     """The mean of those that are not -1; -1 where all are."""
     known = values[values >= 0]

@@ -47,8 +47,8 @@ class MaskAugment(Strict):
 class FakeMix(Strict):
     """False boundaries: bands along the outlines of objects, pasted onto pictures of the batch (Cao et al.)."""
 
-    thickness: Thickness = 8
-    """Of a band, in pixels; below 1 a share of the shorter side: 8 at 512 is 0.0157."""
+    thickness: Thickness = 0.015625
+    """Of a band, in pixels; below 1 a share of the shorter side: 8 at 512, as published, are 0.015625."""
     max_shift: Share = 0.5
     """A band is moved by at most this share of the picture's width and height."""
     count: Count = 3

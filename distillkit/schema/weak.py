@@ -130,8 +130,14 @@ class Masks(Strict):
     """threshold: the strongest class where it is above it. saliency: the strongest class where the saliency map is
     above it. crf: the strongest class after a dense CRF, which starts from the maps and the threshold."""
     threshold: Share | None = 0.25
-    """Of the maps, or with rule: saliency of the saliency map; null: the one of cam.thresholds that scores best on the
-    val split, in a run; of the saliency map, 0.5."""
+    """Of the maps, or with rule: saliency of the saliency map, 0.5 unless given; null: the one of cam.thresholds that
+    scores best on the val split, in a run; of the saliency map, 0.5."""
+
+    @model_validator(mode="after")
+    def _half_of_saliency(self) -> Self:
+        if self.rule == "saliency" and "threshold" not in self.model_fields_set:
+            self.threshold = 0.5
+        return self
 
 
 class SegmentData(Strict):

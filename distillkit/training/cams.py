@@ -329,16 +329,17 @@ def keys_of(data: Any) -> list[str]:
 
 def masks_against_truth(folder: Path, data: Any, classes: Sequence[str]) -> np.ndarray | None:
     """Pixels of the folder's masks against those of the set's true ones: int64 (C + 1, C + 1), rows the truth; None
-    where the set has no masks."""
-    total = np.zeros((len(classes) + 1,) * 2, np.int64)
-    for index, key in enumerate(keys_of(data)):
+    where the set has no masks. Several processes share the pictures, and all get the sum."""
+    total, state, keys = np.zeros((len(classes) + 1,) * 2, np.int64), processes(), keys_of(data)
+    for index in range(state.process_index, len(keys), state.num_processes):
+        key = keys[index]
         truth = data[0, index][1].get("mask")
         if truth is None:
             return None
         with Image.open(mask_file(folder, key)) as picture:
             found = torch.from_numpy(np.array(picture)).long()
         total += confusion_matrix(found, truth, len(classes) + 1).numpy()
-    return total
+    return np.sum(gather_object([total]), 0)
 
 
 class _Part(Dataset[Any]):

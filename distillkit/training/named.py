@@ -11,6 +11,7 @@ from distillkit import schema
 from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint
 from distillkit.training.errors import RunError
+from distillkit.training.possible import other_head
 
 FINAL = "final.safetensors"
 
@@ -34,7 +35,7 @@ def named_model(recipe: Recipe, name: str | Path | None, classes: int) -> nn.Mod
     if name in rows:
         return _row(recipe, rows[str(name)], classes)
     if name is None or name == "student":
-        _refuse_random(recipe)
+        _refuse_random(recipe, classes)
     elif not Path(name).is_file():
         known = ", ".join(dict.fromkeys([*teachers, *rows, "student"]))
         raise RunError(f"{name}: neither a file with weights of the student, nor one of {known}")
@@ -82,8 +83,8 @@ def _trained(recipe: Recipe, name: str, folder: str) -> Path:
     return weights
 
 
-def _refuse_random(recipe: Recipe) -> None:
-    if not recipes.is_untrained(recipe.student.model_dump()):
+def _refuse_random(recipe: Recipe, classes: int) -> None:
+    if not recipes.is_untrained(recipe.student.model_dump()) and not other_head(recipe.student, classes):
         return
     folder = _run_folder(recipe)
     finals = [folder / recipes.slug(row.row) / FINAL for row in recipe.compare]

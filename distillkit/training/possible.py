@@ -74,14 +74,29 @@ def _segmenting(recipe: schema.WeakRecipe) -> Iterator[Planned]:
 def check_teacher(where: str, config: schema.AnyTeacher, classes: int) -> None:
     """Raises RunError for a teacher whose pretrained weights are of other classes: its classifier would be drawn at
     random, and that is what it would teach."""
-    if not isinstance(config, schema.TimmTeacher) or config.train is not None or config.checkpoint is not None:
-        return
-    known = pretrained_classes(config.model, config.pretrained, **config.options) if config.pretrained else None
-    if known not in (None, classes):
+    if isinstance(config, schema.TimmTeacher) and config.train is None and (known := other_head(config, classes)):
         raise RunError(
             f"{where}: the pretrained weights of {config.model} are of {known} classes, the data have {classes}: it "
             "would teach with a random classifier; let it learn these classes first, as in `train: {epochs: 5}`, or "
             "give its checkpoint"
+        )
+
+
+def other_head(config: schema.AnyModel, classes: int) -> int | None:
+    """How many classes the pretrained weights of a timm model tell apart where these are others: its classifier is then
+    drawn at random. None: that is not so."""
+    if not isinstance(config, schema.TimmModel) or config.checkpoint is not None or not config.pretrained:
+        return None
+    known = pretrained_classes(config.model, config.pretrained, **config.options)
+    return None if known == classes else known
+
+
+def check_same_classes(step: Planned, recipe: Recipe, classes: list[str], others: list[str]) -> None:
+    """Raises RunError for a row whose own data have other classes: its labels would mean something else."""
+    if step.recipe.task == recipe.task and classes != others:
+        raise RunError(
+            f"its data have the classes {', '.join(classes)}; data.train has {', '.join(others)}: rows of a table need "
+            "the same classes in the same order"
         )
 
 

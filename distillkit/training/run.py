@@ -23,6 +23,7 @@ from distillkit.training.folder import alone_in, changed_versions, check_owner, 
 from distillkit.training.loop import Job, check_settings, fit
 from distillkit.training.possible import (
     check_optimizer,
+    check_same_classes,
     check_teacher,
     planned,
     teacher_place,
@@ -147,9 +148,11 @@ class Jobs:
         check_submission(self.recipe, self.judged)
         for step in steps:
             try:
-                if step.recipe.task != self.recipe.task:  # raises where its masks are not there
-                    build.build_data(step.recipe, "train", augmented=True)
-                check_settings(step.train, len(self.train), step.recipe.data.batch, drop_last(step.recipe))
+                train = self.train
+                if step.recipe is not self.recipe:  # raises where its files are not there
+                    train = build.build_data(step.recipe, "train", augmented=True)
+                    check_same_classes(step, self.recipe, train.classes, self.train.classes)
+                check_settings(step.train, len(train), step.recipe.data.batch, drop_last(step.recipe))
                 check_optimizer(step, self._model(step.model))
             except RunError as error:
                 raise RunError(f"{step.where}: {error}") from error

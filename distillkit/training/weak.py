@@ -19,7 +19,7 @@ from distillkit.data.segmentation import BACKGROUND
 from distillkit.evaluation.cam import class_maps
 from distillkit.evaluation.cam_drawing import draw_class_map, draw_mask
 from distillkit.evaluation.draw import beside
-from distillkit.evaluation.segmentation import mean_known, shares
+from distillkit.evaluation.segmentation import class_ious, mean_known
 from distillkit.losses.segmentation import IGNORE
 from distillkit.schema import Recipe, SegmentationRecipe, WeakRecipe, WeakRow
 from distillkit.training import build, checkpoint, mask_figures
@@ -82,17 +82,12 @@ def _pseudo_masks(jobs: Jobs, row: WeakRow, model: nn.Module, folder: Path) -> f
         how = recipe.cam, masks_of(recipe, jobs.folders[row.row]), source_of_split(recipe, "train")
         write_cams(model, data, data.classes, folder, *how, workers=recipe.data.workers, progress=progress)
     path = folder / "scores.json"
+    confusion = None if path.exists() else masks_against_truth(folder, data, data.classes)
     if processes().is_main_process and not path.exists():
-        confusion = masks_against_truth(folder, data, data.classes)
-        ious = np.array([]) if confusion is None else _ious(confusion)
+        ious = np.array([]) if confusion is None else class_ious(confusion)
         checkpoint.write_json(path, {"miou": mean_known(ious), "iou": ious.tolist()})
     processes().wait_for_everyone()
     return checkpoint.read_json(path)["miou"]
-
-
-def _ious(confusion: np.ndarray) -> np.ndarray:
-    right = np.diag(confusion)
-    return shares(right, confusion.sum(0) + confusion.sum(1) - right)
 
 
 def segmentation_recipe(recipe: WeakRecipe, folder: Path, masks: Path | None) -> SegmentationRecipe:

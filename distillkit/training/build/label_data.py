@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,18 @@ def build(recipe: WeakRecipe, split: str, augmented: bool) -> Any:
     pictures = VocLabels(data.root, source, data.classes, data.labels, None, labelling, data.images, **how)
     saliency, masks = data.saliency, labelling if augmented else data.masks
     if split == "train" and labelling is None:  # true masks of what is trained on only judge pseudo masks
-        masks = masks if _any(data, masks, pictures) else None
+        masks = masks if there_are(data, masks, pictures.keys) == len(pictures) else None
     if split != "train":  # and saliency elsewhere is only looked at
-        saliency = saliency if _any(data, saliency, pictures) else None
+        saliency = saliency if there_are(data, saliency, pictures.keys) else None
     made = VocLabels(data.root, source, data.classes, data.labels, saliency, masks, data.images, **how)
     if split == "train" and recipe.masks.rule == "saliency":
         _check_saliency(made)
     return made
 
 
-def _any(data: schema.VocLabelData, folder: str | None, pictures: VocLabels) -> bool:
-    """Whether a folder has a file of one of the pictures: what belongs to it is then asked of all of them."""
-    return folder is not None and any((Path(data.root) / folder / f"{key}.png").is_file() for key in pictures.keys)
+def there_are(data: schema.VocLabelData, folder: str | None, keys: Sequence[str]) -> int:
+    """How many of the pictures have a file in a folder."""
+    return 0 if folder is None else sum((Path(data.root) / folder / f"{key}.png").is_file() for key in keys)
 
 
 def _check_saliency(pictures: VocLabels) -> None:

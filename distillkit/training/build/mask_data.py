@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distillkit import plugins, schema
-from distillkit.data.coco_semantic import CocoSemantic
+from distillkit.data.coco_semantic import CocoSemantic, semantic_classes
 from distillkit.data.mask_scenes import MaskScenes
 from distillkit.data.mask_transforms import MaskAugment, MaskResize, MaskTransform
 from distillkit.data.problems import DataError, Problem
@@ -17,8 +17,8 @@ from distillkit.schema import SegmentationRecipe
 from distillkit.training.build.classes import Classes, pair, source_of
 from distillkit.training.build.models import teacher_configs
 
-#: pixels; of the boundary maps that FANet was published with
-BOUNDARY = 8
+#: share of the shorter side; of the boundary maps that FANet was published with
+BOUNDARY = 8 / 512
 
 
 def build(recipe: SegmentationRecipe, split: str, augmented: bool) -> Any:
@@ -43,15 +43,17 @@ def build(recipe: SegmentationRecipe, split: str, augmented: bool) -> Any:
 def classes_of(recipe: SegmentationRecipe) -> Classes:
     """From files beside the pictures, where they say it."""
     data = recipe.data
+    problems: list[Problem] = []
     if isinstance(data, schema.TransData):
         names = TRANS_CLASSES
+    elif isinstance(data, schema.CocoSemanticData):
+        names = semantic_classes(Path(data.root), data.val, data.categories, data.others, problems)
     elif isinstance(data, schema.VocMaskData):
-        problems: list[Problem] = []
         names = mask_classes(Path(data.root), data.classes, problems)
-        if problems:
-            raise DataError(problems)
     else:
         names = build(recipe, "val", augmented=False).classes
+    if problems:
+        raise DataError(problems)
     return Classes(list(names), list(range(len(names))))
 
 

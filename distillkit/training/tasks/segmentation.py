@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distillkit.core.teacher import Renormalise
 from distillkit.data.fakemix import FakeMix
 from distillkit.data.mask_check import check_masks
+from distillkit.data.mask_transforms import MaskAugment
 from distillkit.data.problems import DataError, Problem
 from distillkit.data.segmentation import MaskFiles, collate_masks
 from distillkit.evaluation.classes import moments
@@ -25,6 +26,7 @@ from distillkit.training.build import Classes
 from distillkit.training.errors import RunError
 from distillkit.training.export import Logits
 from distillkit.training.mask_predict import predict_masks as predict
+from distillkit.training.possible import planned
 from distillkit.training.tasks import Exported, Section, Trained
 
 __all__ = [
@@ -122,17 +124,26 @@ def read_files(recipe: SegmentationRecipe, split: Any, progress: Progress | None
         data = build.build_data(recipe, split, augmented=split == "train")
     except DataError:  # said where the set is built
         return
+    rows: list[Any] = [step.recipe.data for step in planned(recipe)]
+    mixed = [row for row in rows if row.fakemix is not None]
+    if split == "train" and mixed and isinstance(data.transform, MaskAugment) and data.transform.boundary is None:
+        # masks without a boundary are told of where FakeMix would cut them out, too
+        mixing = mixed[0]
+        data.transform = replace(
+            data.transform, boundary=mixing.fakemix.thickness, boundary_between=mixing.boundary_between
+        )
     if isinstance(data, MaskFiles):
         yield from check_masks(data, progress)
 
 
 def doubts(recipe: SegmentationRecipe) -> Iterator[tuple[str, str]]:
-    if recipe.data.fakemix is not None and recipe.data.batch == 1:
-        yield (
-            "data.fakemix",
-            "pastes boundaries of other pictures of the batch, and data.batch is 1: a picture gets none but its own; "
-            "make the batch larger, or leave fakemix out",
-        )
+    for step in planned(recipe):
+        if getattr(step.recipe.data, "fakemix", None) is not None and step.recipe.data.batch == 1:
+            yield (
+                f"{step.where}: data.fakemix",
+                "pastes boundaries of other pictures of the batch, and data.batch is 1: a picture gets none but its "
+                "own; make the batch larger, or leave fakemix out",
+            )
 
 
 # -- report and export ------------------------------------------------------------------------------------------------

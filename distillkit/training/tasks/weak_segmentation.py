@@ -18,10 +18,11 @@ from distillkit.data.weak import collate_labels
 from distillkit.evaluation.classes import moments
 from distillkit.evaluation.predict import Progress
 from distillkit.evaluation.pseudo_masks import CamResult, cam_dataset, cam_metrics
-from distillkit.schema import WeakRecipe
+from distillkit.schema import VocLabelData, WeakRecipe
 from distillkit.training import build
 from distillkit.training.batches import AS_LOADED
 from distillkit.training.build import Classes
+from distillkit.training.build.label_data import there_are
 from distillkit.training.cams import predict_cams as predict
 from distillkit.training.errors import RunError
 from distillkit.training.export import Logits
@@ -127,7 +128,18 @@ def read_files(recipe: WeakRecipe, split: Any, progress: Progress | None = None)
 
 
 def doubts(recipe: WeakRecipe) -> Iterator[tuple[str, str]]:
-    yield from ()
+    data = recipe.data
+    if not isinstance(data, VocLabelData) or recipe.segment is None:
+        return
+    try:
+        keys = build.build_data(recipe, "train", augmented=True).keys
+    except DataError:  # said where the set is built
+        return
+    if 0 < (found := there_are(data, data.masks, keys)) < len(keys):
+        yield (
+            "data.masks",
+            f"{found} of {len(keys)} training pictures have a true mask: pseudo masks are not scored (mask_miou is -1)",
+        )
 
 
 # -- export -----------------------------------------------------------------------------------------------------------
