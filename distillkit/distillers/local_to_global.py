@@ -218,7 +218,7 @@ def classification_loss(output: Any, labels: Tensor) -> Tensor:
         return cross_entropy(logits, labels)
     if logits.shape != labels.shape:
         raise ValueError(
-            f"the local network gives logits {tuple(logits.shape)} of the crops, whose labels are {tuple(labels.shape)}: "
-            "it needs the classes of the labels, as the student does"
+            f"the local network gives logits {tuple(logits.shape)} of the crops, whose labels are "
+            f"{tuple(labels.shape)}: it needs the classes of the labels, as the student does"
         )
     return multilabel_soft_margin_loss(logits, labels.to(logits.dtype))

@@ -11,7 +11,6 @@ from distillkit import schema
 from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint
 from distillkit.training.errors import RunError
-from distillkit.training.possible import other_head
 
 FINAL = "final.safetensors"
 
@@ -84,7 +83,7 @@ def _trained(recipe: Recipe, name: str, folder: str) -> Path:
 
 
 def _refuse_random(recipe: Recipe, classes: int) -> None:
-    if not recipes.is_untrained(recipe.student.model_dump()) and not other_head(recipe.student, classes):
+    if not recipes.is_untrained(recipe.student.model_dump()) and not build.other_head(recipe.student, classes):
         return
     folder = _run_folder(recipe)
     finals = [folder / recipes.slug(row.row) / FINAL for row in recipe.compare]

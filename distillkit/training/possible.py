@@ -11,7 +11,6 @@ from torch import nn
 
 from distillkit import recipe as recipes
 from distillkit import schema
-from distillkit.models.backbones import pretrained_classes
 from distillkit.schema import Recipe
 from distillkit.training import build
 from distillkit.training.errors import RunError
@@ -74,21 +73,12 @@ def _segmenting(recipe: schema.WeakRecipe) -> Iterator[Planned]:
 def check_teacher(where: str, config: schema.AnyTeacher, classes: int) -> None:
     """Raises RunError for a teacher whose pretrained weights are of other classes: its classifier would be drawn at
     random, and that is what it would teach."""
-    if isinstance(config, schema.TimmTeacher) and config.train is None and (known := other_head(config, classes)):
+    if isinstance(config, schema.TimmTeacher) and config.train is None and (known := build.other_head(config, classes)):
         raise RunError(
             f"{where}: the pretrained weights of {config.model} are of {known} classes, the data have {classes}: it "
             "would teach with a random classifier; let it learn these classes first, as in `train: {epochs: 5}`, or "
             "give its checkpoint"
         )
-
-
-def other_head(config: schema.AnyModel, classes: int) -> int | None:
-    """How many classes the pretrained weights of a timm model tell apart where these are others: its classifier is then
-    drawn at random. None: that is not so."""
-    if not isinstance(config, schema.TimmModel) or config.checkpoint is not None or not config.pretrained:
-        return None
-    known = pretrained_classes(config.model, config.pretrained, **config.options)
-    return None if known == classes else known
 
 
 def check_same_classes(step: Planned, recipe: Recipe, classes: list[str], others: list[str]) -> None:

@@ -7,6 +7,7 @@ from distillkit.training.build.distillers import build_distillers, build_wrapped
 from distillkit.training.build.models import (
     build_model,
     load_checkpoint,
+    other_head,
     teacher_configs,
     teacher_folder,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "build_resize",
     "build_wrapped",
     "load_checkpoint",
+    "other_head",
     "teacher_configs",
     "teacher_folder",
     "tiles_folder",

@@ -14,7 +14,7 @@ from distillkit import plugins, schema
 from distillkit import recipe as recipes
 from distillkit.adapters import with_adapter
 from distillkit.core.adapter import Adapter
-from distillkit.models.backbones import classifier, explain_mismatch, read_weights
+from distillkit.models.backbones import classifier, explain_mismatch, pretrained_classes, read_weights
 from distillkit.models.cam import CamClassifier
 from distillkit.models.deeplab import DeepLab
 from distillkit.models.fanet import FANet
@@ -109,6 +109,15 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         weights = read_weights(path)
         explain_mismatch(path, model.state_dict(), weights)
         model.load_state_dict(weights)
+
+
+def other_head(config: schema.AnyModel, classes: int) -> int | None:
+    """How many classes the pretrained weights of a timm model tell apart where these are others: its classifier is then
+    drawn at random. None: that is not so."""
+    if not isinstance(config, schema.TimmModel) or config.checkpoint is not None or not config.pretrained:
+        return None
+    known = pretrained_classes(config.model, config.pretrained, **config.options)
+    return None if known == classes else known
 
 
 def teacher_configs(recipe: Recipe) -> dict[str, schema.AnyTeacher]:
