@@ -13,6 +13,7 @@ import torch
 import yaml
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import save_file
 from torchvision import tv_tensors
 from typer.testing import CliRunner
 
@@ -23,8 +24,9 @@ from distillkit.data.label_store import LabelMapError
 from distillkit.data.problems import DataError
 from distillkit.data.randaugment import RandAugment
 from distillkit.evaluation.classes import class_metrics, classify_dataset
+from distillkit.models.backbones import classifier
 from distillkit.recipe import RecipeError, load
-from distillkit.schema import SGD
+from distillkit.schema import SGD, TimmModel
 from distillkit.training import build
 from distillkit.training.check import check
 from distillkit.training.errors import RunError
@@ -540,3 +542,12 @@ def test_mixup_and_cutmix_mix_pictures_and_labels(tmp_path):
 def test_mistakes_are_named(tmp_path, change, words):
     with pytest.raises(RecipeError, match=words):
         recipe_of(tmp_path, change)
+
+
+def test_a_classifier_of_other_classes_is_not_taken_for_a_trained_one(tmp_path):
+    save_file(classifier("test_resnet", 5).state_dict(), tmp_path / "five.safetensors")
+    config = TimmModel(kind="timm", model="test_resnet", pretrained=str(tmp_path / "five.safetensors"))
+    assert build.other_head(config, 3) == 5
+    assert build.other_head(config, 5) is None
+    assert build.other_head(config.model_copy(update={"pretrained": False}), 3) is None
+    assert build.other_head(config.model_copy(update={"checkpoint": "x"}), 3) is None

@@ -20,6 +20,7 @@ from benchmarks import seeds
 from distillkit import plugins, schema
 from distillkit.cli import app
 from distillkit.data.boundary import boundary_band
+from distillkit.data.problems import DataError
 from distillkit.data.segmentation import VOC_MASK_CLASSES
 from distillkit.evaluation.segmentation import pixel_metrics, segment_dataset
 from distillkit.recipe import RecipeError, load, resolved
@@ -33,7 +34,7 @@ from distillkit.training.mask_figures import overlay
 from distillkit.training.metrics import read
 from distillkit.training.optim import learning_rate_factor
 from distillkit.training.predict import predict
-from distillkit.training.run import run
+from distillkit.training.run import Jobs, run
 from distillkit.training.tasks import Task, task_of
 
 DATA = os.environ.get("DISTILLKIT_DATA", "")
@@ -310,7 +311,7 @@ def test_boundary_maps_are_made_where_a_model_wants_them(there):
 
     assert "boundary" not in of()
     eight = of(f"student={FANET}")
-    assert torch.equal(eight["boundary"], boundary_band(eight["mask"], 8))
+    assert torch.equal(eight["boundary"], boundary_band(eight["mask"], 8 / 512))
     three = of("data.boundary=3")
     assert torch.equal(three["boundary"], boundary_band(three["mask"], 3))
     between = of("data.boundary=2", "data.boundary_between=classes")
@@ -389,7 +390,7 @@ def test_classes_are_known_without_pictures(tmp_path):
     assert build.build_classes(recipe_of(tmp_path, "data.classes=null")).classes == VOC_MASK_CLASSES
     trans = "{kind: trans10k, root: nowhere}"
     assert build.build_classes(recipe_of(tmp_path, f"data={trans}")).classes == ["background", "things", "stuff"]
-    coco = "{kind: coco-semantic, root: nowhere, others: background}"
+    coco = "{kind: coco-semantic, root: nowhere, others: background, test: test}"
     names = build.build_classes(recipe_of(tmp_path, f"data={coco}")).classes
     assert (names[0], len(names)) == ("background", 134)
 
@@ -583,3 +584,26 @@ def test_the_quickstart_is_right(tmp_path):
     assert yaml.safe_load(resolved(recipe))["task"] == "segmentation"
     few = ["data.train=16", "data.val=2", "data.test=2", "data.workers=0", "train.schedule.warmup=0"]
     assert findings(load("quickstart_segmentation", few), "error") == []
+
+
+def test_data_of_a_row_are_looked_at_before_anything_is_trained(there):
+    def jobs(data):
+        rows = f"compare=[student, {{row: other, distillers: none, data: {data}}}]"
+        return Jobs(recipe_of(there, *alone(rows)), there / "x", Console(quiet=True), "")
+
+    with pytest.raises(DataError, match="Nowhere: no such folder"):
+        jobs("{train_masks: Nowhere}").check()
+    with pytest.raises(RunError, match=r"compare\.1 \(other\): its data have the classes a, b, c; data\.train has"):
+        jobs("{classes: [a, b, c]}").check()
+    jobs("{augment: {flip: 0}}").check()
+
+
+def test_channels_last_changes_nothing_but_rounding(there):
+    ends = []
+    for channels_last in ("false", "true"):
+        name = f"name=last-{channels_last}"
+        recipe = recipe_of(there, *alone(name, f"train.channels_last={channels_last}", "train.optimizer.lr=1e-4"))
+        folder = run(recipe, console=Console(quiet=True))
+        ends.append(load_file(folder / "student" / "final.safetensors"))
+    a, b = ends
+    assert all(torch.allclose(a[key].float(), b[key].float(), atol=1e-3) for key in a)

@@ -75,7 +75,7 @@ class _Masks(DataBlock):
     augment: MaskAugment = MaskAugment()
     boundary: Thickness | None = None
     """Thickness of the boundary maps that a boundary stream learns, in pixels or below 1 as a share of the shorter
-    side; null: 8 pixels where fanet is trained."""
+    side; null: 8 at 512, as a share, where fanet is trained."""
     boundary_between: Literal["foreground", "classes"] = "foreground"
     """Which boundaries these maps and FakeMix know: of all that is not class 0, the background; or between any two
     classes, for sets without a background."""
