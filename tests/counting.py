@@ -4,13 +4,12 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: operations that make the host wait for an accelerator
@@ -112,7 +111,9 @@ def kept_tensors(model: nn.Module, step: Callable[[], None]) -> list[torch.Tenso
 def live_bytes() -> int:
     """Bytes of all tensors that Python can reach, each storage once."""
     gc.collect()
-    found = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]  # type: asks no lazy object
-    # those that an export has traced with hold no bytes
-    found = [t for t in found if not issubclass(type(t), FakeTensor) and not torch._is_functional_tensor(t)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
+    storages = {}
+    for o in gc.get_objects():
+        if issubclass(type(o), torch.Tensor):  # type: asks no lazy object
+            with suppress(RuntimeError):  # what exports and compilers trace with, of which no memory is taken
+                storages[o.untyped_storage().data_ptr()] = o.untyped_storage().nbytes()
+    return sum(storages.values())
