@@ -155,10 +155,13 @@ def test_attention_target_by_hand():
     torch.testing.assert_close(target, torch.tensor([[[1.0, 0.5]], [[0.0, 0.0]], [[0.0, 0.0]]])[None])
 
 
-def test_without_a_background_channel_the_rest_is_background():
+def test_without_a_background_channel_only_saliency_says_what_is_background():
     maps = torch.tensor([[[4.0, 1.0]], [[2.0, 8.0]]])[None]
     target = local_targets(maps, torch.tensor([[1, 0]]), background=False)
-    torch.testing.assert_close(target, torch.tensor([[[1.0, 0.0]], [[0.0, 0.0]], [[0.0, 0.75]]])[None])
+    torch.testing.assert_close(target, torch.tensor([[[1.0, 0.25]], [[0.0, 0.0]], [[0.0, 0.0]]])[None])
+    saliency = torch.tensor([[[[0.75, 0.25]]]])
+    target = local_targets(maps, torch.tensor([[1, 0]]), background=False, saliency=saliency)
+    torch.testing.assert_close(target, torch.tensor([[[0.75, 0.25]], [[0.0, 0.0]], [[0.25, 0.75]]])[None])
 
 
 def test_crops_without_saliency_learn_attention_as_in_the_paper_or_nothing_as_released():
@@ -269,8 +272,7 @@ def test_loss_is_that_of_the_formula():
     torch.manual_seed(3)
     boxes = draw_boxes(2, 2, (56, 56), (40, 40))
     crops = cut(x, boxes, (40, 40))
-    found = local.maps(local.stem(crops))[:, :3]  # what is background is what is no class
-    target = local_targets(found, labels.repeat_interleave(2, 0), background=False)
+    target = local_targets(local.maps(local.stem(crops)), labels.repeat_interleave(2, 0))
     seen = at_boxes(model.student.maps(model.student.stem(x)), boxes, (56, 56), (10, 10))
     assert loss.item() == pytest.approx(10 * transfer_loss(seen, target).item(), rel=1e-5)
 
@@ -318,21 +320,6 @@ def test_classes_of_single_label_pictures():
             wanted = nn.functional.cross_entropy(local(crops), labels.repeat_interleave(4))
             assert losses["local"].item() == pytest.approx(wanted.item(), rel=1e-5)
     assert transferred[0] == transferred[1]
-
-
-def test_background_is_the_rest_or_the_channel_that_the_release_has():
-    x, labels = pictures()
-    losses = []
-    for options in ({}, {"background": "rest"}, {"background": "channel"}):
-        model, local = wrapped(**options)
-        with torch.no_grad():
-            local.maps.bias[3] = 50.0  # a channel that nothing teaches
-        torch.manual_seed(1)
-        losses.append(model(x, labels)["local_to_global"].item())
-    assert losses[0] == losses[1] != losses[2]
-    assert LocalToGlobal(convention="release").background == "channel"
-    with pytest.raises(ValueError, match="background must be None, 'rest' or 'channel', got 'none'"):
-        LocalToGlobal(background="none")
 
 
 def test_a_step_that_fails_leaves_nothing():

@@ -51,17 +51,12 @@ class LocalToGlobal(Distiller):
             {"labels": (B, C), "saliency": (B, 1, H, W) in 0..1}. Where some pictures have none, "has_saliency" (B,)
             says which have, and those without are taught attention alone. A function of the student's pictures
             that gives such maps: from any model (``adapters.saliency.SaliencyModel``).
-        background: what of the local network's maps is background: ``rest``: as far as no class is seen, as the paper's
-            local network has maps of the classes alone. ``channel``: its background channel, as in the release; but
-            only the classes' channels have a loss there, so that without saliency this one tells nothing. None: rest,
-            and channel with ``convention="release"``. The student keeps its channel, which the transfer teaches.
         threshold, empty_saliency: see ``losses.local_to_global.local_targets``.
         soft_background: as there: the COCO script's; not with ``saliency=None``.
         convention: ``default``: crops are taken uniformly from all places, and a cell of the crop is compared with the
-            same place of the picture. ``release``: the local network's background channel counts, the last place is
-            never drawn, the student's maps are read half a cell further right and down (RoIAlign with
-            ``aligned=False``), and crops without saliency have a foreground of 0 (``empty_saliency="zero"`` unless
-            given).
+            same place of the picture. ``release``: the last place is never drawn, the student's maps are read half a
+            cell further right and down (RoIAlign with ``aligned=False``), and crops without saliency have a foreground
+            of 0 (``empty_saliency="zero"`` unless given).
         student_at, local_at: module path of the maps (B, K, h, w) on either side; None: where the adapter knows.
         local_adapter: of a local network that distillkit does not know; the student's otherwise.
         weight: 10, as published for VOC; 30 for COCO, whose 81 channels share the mean.
@@ -88,7 +83,6 @@ class LocalToGlobal(Distiller):
         share: float = 5 / 7,
         corners: bool = False,
         saliency: Saliency | None = None,
-        background: Literal["rest", "channel"] | None = None,
         threshold: float = 0.1,
         soft_background: bool = False,
         empty_saliency: Literal["attention", "zero"] | None = None,
@@ -107,10 +101,7 @@ class LocalToGlobal(Distiller):
             raise ValueError(f"convention must be 'default' or 'release', got {convention!r}")
         if saliency is not None and saliency != "targets" and not callable(saliency):
             raise ValueError(f"saliency must be None, 'targets' or a function of the pictures, got {saliency!r}")
-        if background not in (None, "rest", "channel"):
-            raise ValueError(f"background must be None, 'rest' or 'channel', got {background!r}")
         released = convention == "release"
-        self.background = background or ("channel" if released else "rest")
         self.crops, self.share, self.corners = crops, share, corners
         # a function that is a module would become part of what is trained
         self._saliency = (saliency,)
@@ -162,11 +153,10 @@ class LocalToGlobal(Distiller):
             labels = one_hot(labels, student.classes)
         saliency = self._maps(drawn, targets)
         known = targets.get("has_saliency") if self._saliency == ("targets",) else None
-        channel = teacher.background and self.background == "channel"
         target = local_targets(
-            teacher.maps if channel else teacher.maps[:, : teacher.classes],
+            teacher.maps,
             labels.repeat_interleave(self.crops, 0),
-            channel,
+            teacher.background,
             None if saliency is None else cut(saliency, drawn.boxes, drawn.crop),
             self.threshold,
             self.soft_background,

@@ -105,8 +105,9 @@ def local_targets(
     Args:
         maps: (M, C + background, h, w) logits.
         labels: (M, C): more than 0 where the picture has the class.
-        background: whether the last channel is the background's. Else the background is 1 less the strongest present
-            class, after normalisation: neither paper nor release has such maps.
+        background: whether the last channel is the background's. Else the background's target is 0 everywhere, or
+            1 - S with saliency: 1 less the strongest class was tried, and teaches a student that all is background
+            while the local network knows nothing yet; where its softmax saturates, no gradient leads back.
         saliency: (M, 1, H, W) in 0..1, of any resolution; the nearest pixel counts.
         threshold: above which a channel is on, with saliency. The paper says "small, e.g. 0.1"; the released scripts
             have 0.001 (VOC) and 0.1 (COCO).
@@ -128,7 +129,7 @@ def local_targets(
     maps = maps.relu()
     maps = maps / (maps.amax((2, 3), keepdim=True) + EPS)
     foreground = maps[:, :classes] * there
-    ground = maps[:, classes:] if background else 1 - foreground.amax(1, keepdim=True)
+    ground = maps[:, classes:] if background else torch.zeros_like(maps[:, :1])
     attention = torch.cat([foreground, ground], 1)
     winner = torch.zeros_like(attention).scatter_(1, attention.argmax(1, keepdim=True), 1)
     attention = attention * winner
@@ -136,7 +137,7 @@ def local_targets(
         return attention
     s = interpolate(saliency.to(maps.dtype), size=maps.shape[2:], mode="nearest")
     on = (attention > threshold).to(maps.dtype)
-    behind = attention[:, classes:] if soft_background else on[:, classes:]
+    behind = (attention if soft_background else on)[:, classes:] if background else torch.ones_like(s)
     shape = torch.cat([on[:, :classes] * s, behind * (1 - s)], 1)
     shaped = torch.ones_like(saliency[:, 0, 0, 0], dtype=torch.bool) if has_saliency is None else has_saliency
     if empty_saliency == "attention":

@@ -306,9 +306,6 @@ class LocalToGlobal(_Distiller):
     """The first four crops are the picture's corners, as published for VOC."""
     saliency: bool = False
     """Shape transfer: targets are cut to data.saliency."""
-    background: Literal["rest", "channel"] | None = None
-    """Of the local network: rest: where no class is seen, as in the paper; channel: its background channel, which only
-    saliency can make sense of, as in the release; null: rest, and channel with convention: release."""
     threshold: Share = 0.1
     """With saliency: strength above which a class is part of the target; 0.001 as published for VOC."""
     soft_background: bool = False
