@@ -193,6 +193,20 @@ def test_maps_of_a_transformer_are_its_head_at_every_token(pool):
     torch.testing.assert_close(activation_maps(model, pictures), by_hand)
 
 
+def test_maps_that_l2g_has_taught_are_probabilities():
+    pictures = torch.randn(2, 3, 64, 64)
+    for background in (True, False):
+        model, read = cam(background=background), cam(background=background, softmax=True)
+        logits = _view(model, pictures).maps
+        rest = logits[:, 5:] if background else torch.zeros_like(logits[:, :1])
+        by_hand = logits.exp()[:, :5] / (logits.exp()[:, :5].sum(1, keepdim=True) + rest.exp())
+        torch.testing.assert_close(activation_maps(read, pictures), by_hand)
+        torch.testing.assert_close(activation_maps(model, pictures), logits[:, :5])
+        torch.testing.assert_close(_view(read, pictures).maps, logits)  # what is taught are logits
+    other = with_adapter(cam(), CamAdapter(background=True, softmax=True))
+    torch.testing.assert_close(activation_maps(other, pictures), activation_maps(cam(softmax=True), pictures))
+
+
 def test_a_view_has_a_gradient_and_no_background():
     model = vit()
     view = _view(model, torch.randn(2, 3, 32, 32))

@@ -17,6 +17,7 @@ from distillkit.core.errors import ViewError
 from distillkit.core.side import Reading, Side
 from distillkit.core.taps import Place
 from distillkit.core.views import ActivationMaps, View
+from distillkit.losses.local_to_global import with_background
 
 
 class CamAdapter(Adapter):
@@ -26,6 +27,9 @@ class CamAdapter(Adapter):
         maps: path of that layer; a path that a distiller names counts before it.
         background: the last of the K maps is the background's, and no class.
         mean, std: as ``Adapter``.
+        softmax: ``activation_maps`` are probabilities, the softmax of all K maps (and of a logit of 0 where there is no
+            background): what L2G teaches. The release reads its networks' logits; these are lower where several
+            classes are likely, and below 0, which is cut off, wherever the others' happen to be high.
     """
 
     def __init__(
@@ -34,9 +38,10 @@ class CamAdapter(Adapter):
         background: bool = False,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        softmax: bool = False,
     ):
         super().__init__(mean, std)
-        self.maps, self.background = maps, background
+        self.maps, self.background, self.softmax = maps, background, softmax
 
     def places(self, model: nn.Module, kind: type[View], at: tuple[str, ...] | None) -> tuple[Place, ...]:
         if kind is not ActivationMaps:
@@ -56,7 +61,8 @@ class CamAdapter(Adapter):
 
 
 def activation_maps(model: nn.Module, pictures: Tensor) -> Tensor:
-    """Class logits of every cell of a classifier's last map, without the background's.
+    """Class logits of every cell of a classifier's last map, or probabilities (``CamAdapter.softmax``), without the
+    background's.
 
     Args:
         model: a ``CamClassifier``, a classifier of timm or one built like them, or a model with an adapter of its own
@@ -84,6 +90,8 @@ def activation_maps(model: nn.Module, pictures: Tensor) -> Tensor:
     finally:
         side.taps.remove()
     assert isinstance(view, ActivationMaps)
+    if isinstance(adapter, CamAdapter) and adapter.softmax:
+        return with_background(view.maps, view.classes).softmax(1)[:, : view.classes]
     return view.maps[:, : view.classes]
 
 

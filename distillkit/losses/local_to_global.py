@@ -179,9 +179,12 @@ def transfer_loss(logits: Tensor, target: Tensor) -> Tensor:
             the logit 0.
         target: as ``local_targets`` gives it.
     """
-    logits = at_least_float32(logits)
-    if logits.shape[1] == target.shape[1] - 1:
-        logits = torch.cat([logits, torch.zeros_like(logits[:, :1])], 1)
+    logits = with_background(at_least_float32(logits), target.shape[1] - 1)
     if logits.shape != target.shape:
         raise ValueError(f"maps are {tuple(logits.shape)}, their target {tuple(target.shape)}")
     return (logits.softmax(1) - target).square().mean()
+
+
+def with_background(logits: Tensor, classes: int) -> Tensor:
+    """(M, C + 1, h, w) of C classes, with a background whose logit is 0 where there was none."""
+    return torch.cat([logits, torch.zeros_like(logits[:, :1])], 1) if logits.shape[1] == classes else logits

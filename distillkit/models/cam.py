@@ -50,12 +50,13 @@ class CamClassifier(nn.Module):
         output_stride: pixels per cell of the last map, 8 or 16, where a timm model can be dilated to it; None: as the
             backbone is made.
         head_bias: fc8 has a bias.
+        softmax: see ``adapters.cam.CamAdapter``: for networks that L2G has taught.
         freeze_bn: the backbone's BatchNorms do not train, neither weights nor statistics, as in L2G.
         frozen: the first layers do not train: a timm model's stem and first stage, ResNet-38's conv1a and b2*, as in
             L2G.
 
     Attributes:
-        num_classes, background.
+        num_classes, background, softmax.
         pretrained_cfg: mean, std and input_size of the backbone's pretraining.
 
     Raises:
@@ -74,9 +75,11 @@ class CamClassifier(nn.Module):
         head_bias: bool = False,
         freeze_bn: bool = False,
         frozen: bool = False,
+        softmax: bool = False,
     ):
         super().__init__()
         self.num_classes, self.background, self.freeze_bn = num_classes, background, freeze_bn
+        self.softmax = softmax
         self.backbone: Any
         if backbone == "resnet38":
             self.backbone, widths = _resnet38(pretrained, output_stride, frozen), list(WIDTHS)

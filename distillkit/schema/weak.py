@@ -88,6 +88,8 @@ class CamModel(Strict):
     """The backbone's BatchNorms do not train."""
     frozen: bool = False
     """The backbone's first layers do not train."""
+    softmax: bool = False
+    """Its activation maps are read as probabilities: for what L2G has taught. false: as logits, as its release does."""
     checkpoint: str | None = None
     """Weights of the whole model."""
 
