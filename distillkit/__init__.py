@@ -25,10 +25,12 @@ _WHERE = {
     "TokenLogits": "distillkit.core.views",
     "PixelLogits": "distillkit.core.views",
     "ActivationMaps": "distillkit.core.views",
+    "QueryDetections": "distillkit.core.views",
     "BoxTargets": "distillkit.core.views",
     "Adapter": "distillkit.core.adapter",
     "DistributionHead": "distillkit.adapters.distribution_head",
     "Segmenter": "distillkit.adapters.segmenter",
+    "to_distribution": "distillkit.adapters.to_distribution",
     "LD": "distillkit.distillers.ld",
     "LogitKD": "distillkit.distillers.logit_kd",
     "FeatureImitation": "distillkit.distillers.feature_imitation",
@@ -40,6 +42,8 @@ _WHERE = {
     "RelationalKD": "distillkit.distillers.relational_kd",
     "TokenLabeling": "distillkit.distillers.token_labeling",
     "ChannelKD": "distillkit.distillers.channel_kd",
+    "QueryKD": "distillkit.distillers.query_kd",
+    "QueryLD": "distillkit.distillers.query_kd",
     "PairwiseKD": "distillkit.distillers.pairwise_kd",
     "PixelKD": "distillkit.distillers.pixel_kd",
     "LocalToGlobal": "distillkit.distillers.local_to_global",
@@ -56,6 +60,7 @@ __all__ = ["__version__", *_WHERE]
 if TYPE_CHECKING:
     from distillkit.adapters.distribution_head import DistributionHead
     from distillkit.adapters.segmenter import Segmenter
+    from distillkit.adapters.to_distribution import to_distribution
     from distillkit.api import wrap
     from distillkit.boxes.regions import Main, MainAndValuable, Valuable
     from distillkit.core.adapter import Adapter
@@ -70,6 +75,7 @@ if TYPE_CHECKING:
         DenseDetections,
         Features,
         PixelLogits,
+        QueryDetections,
         TokenLogits,
     )
     from distillkit.data.label_map import LabelMap
@@ -84,6 +90,7 @@ if TYPE_CHECKING:
     from distillkit.distillers.logit_kd import LogitKD
     from distillkit.distillers.pairwise_kd import PairwiseKD
     from distillkit.distillers.pixel_kd import PixelKD
+    from distillkit.distillers.query_kd import QueryKD, QueryLD
     from distillkit.distillers.relational_kd import RelationalKD
     from distillkit.distillers.self_ld import SelfLD
     from distillkit.distillers.token_labeling import TokenLabeling

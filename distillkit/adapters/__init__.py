@@ -31,7 +31,7 @@ def adapter_for(model: nn.Module, fallback: Adapter | None = None) -> Adapter:
     if isinstance(model, CamClassifier):
         from distillkit.adapters.cam import CamAdapter
 
-        return CamAdapter(background=model.background)
+        return CamAdapter(background=model.background, softmax=model.softmax)
     if isinstance(model, GFL):
         from distillkit.adapters.gfl import gfl
 
@@ -48,6 +48,16 @@ def adapter_for(model: nn.Module, fallback: Adapter | None = None) -> Adapter:
         from distillkit.adapters.rotated_retina import rotated_retina
 
         return rotated_retina(model)
+    from distillkit.adapters.mmdet import is_mmdet, mmdet
+
+    if is_mmdet(model):
+        return mmdet(model)
+    if (detector := _of_torchvision(model)) is not None:
+        return detector
+    from distillkit.adapters.transformers import is_transformers, transformers_model
+
+    if is_transformers(model):
+        return transformers_model(model)
     from distillkit.adapters.segmenter import Segmenter, is_segmenter
 
     if is_segmenter(model):
@@ -57,3 +67,12 @@ def adapter_for(model: nn.Module, fallback: Adapter | None = None) -> Adapter:
 
         return Classifier() if is_classifier(model) else Adapter()
     return fallback
+
+
+def _of_torchvision(model: nn.Module) -> Adapter | None:
+    """Of torchvision's detectors, known by the module that their class is from."""
+    if not any(c.__module__.startswith("torchvision.models.detection.") for c in type(model).__mro__):
+        return None
+    from distillkit.adapters.torchvision import torchvision_detector
+
+    return torchvision_detector(model)

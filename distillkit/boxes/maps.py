@@ -38,21 +38,31 @@ class Maps:
     Args:
         levels: the maps, finest level first, on any device, any float dtype.
         shape: what one anchor holds: ``(C,)`` class logits or ``(E, K)`` logits of E edges of K bins.
-        anchors: A, anchors per cell.
+        anchors: A, anchors per cell; one number a level where they differ (SSD).
     """
 
     levels: tuple[Tensor, ...]
     shape: tuple[int, ...]
-    anchors: int = 1
+    anchors: int | tuple[int, ...] = 1
 
     def __post_init__(self) -> None:
-        want = self.anchors * prod(self.shape)
-        for i, m in enumerate(self.levels):
+        for i, (m, anchors) in enumerate(zip(self.levels, self.per_cell, strict=True)):
+            want = anchors * prod(self.shape)
             if m.dim() != 4 or m.shape[1] != want:
                 raise ValueError(
-                    f"level {i}: expected (B, {want}, H, W) for {self.anchors} anchor(s) of {self.shape}, "
+                    f"level {i}: expected (B, {want}, H, W) for {anchors} anchor(s) of {self.shape}, "
                     f"got {tuple(m.shape)}"
                 )
+
+    @property
+    def per_cell(self) -> tuple[int, ...]:
+        """Anchors a cell of each level."""
+        return (self.anchors,) * len(self.levels) if isinstance(self.anchors, int) else self.anchors
+
+    def only(self, keep: Sequence[int]) -> "Maps":
+        """The levels of these numbers."""
+        anchors = self.anchors if isinstance(self.anchors, int) else tuple(self.anchors[i] for i in keep)
+        return Maps(tuple(self.levels[i] for i in keep), self.shape, anchors)
 
     @property
     def images(self) -> int:
@@ -66,15 +76,15 @@ class Maps:
     @property
     def counts(self) -> tuple[int, ...]:
         """Anchors of one image at each level: H*W*A."""
-        return tuple(h * w * self.anchors for h, w in self.sizes)
+        return tuple(h * w * anchors for (h, w), anchors in zip(self.sizes, self.per_cell, strict=True))
 
     def at(self, where: Where) -> Tensor:
         """The chosen anchors, levels in order: (M, *shape); all, image by image, if ``where.dense``: (B*N, *shape)."""
         if where.index is None:
             return self.all().flatten(0, 1)
         rows = [
-            _Gather.apply(m.unflatten(1, (self.anchors, -1)).flatten(3), *index)
-            for m, index in zip(self.levels, where.index, strict=True)
+            _Gather.apply(m.unflatten(1, (anchors, -1)).flatten(3), *index)
+            for m, anchors, index in zip(self.levels, self.per_cell, where.index, strict=True)
         ]
         return torch.cat(rows).view(-1, *self.shape)
 
@@ -86,24 +96,25 @@ class Maps:
         if where.index is None:
             return torch.arange(self.images * sum(self.counts), device=self.levels[0].device)
         rows, start = [], 0
-        for (image, anchor, cell), count in zip(where.index, self.counts, strict=True):
-            rows.append(image * sum(self.counts) + start + cell * self.anchors + anchor)
+        for (image, anchor, cell), count, anchors in zip(where.index, self.counts, self.per_cell, strict=True):
+            rows.append(image * sum(self.counts) + start + cell * anchors + anchor)
             start += count
         return torch.cat(rows)
 
     def largest(self) -> Tensor:
         """The largest number of every anchor: (B*N,), in the order of ``all()`` but without its copy of the maps."""
-        rows = [m.unflatten(1, (self.anchors, -1)).flatten(3).amax(2).transpose(1, 2).flatten(1) for m in self.levels]
+        rows = [
+            m.unflatten(1, (anchors, -1)).flatten(3).amax(2).transpose(1, 2).flatten(1)
+            for m, anchors in zip(self.levels, self.per_cell, strict=True)
+        ]
         return torch.cat(rows, 1).flatten()
 
     def all(self) -> Tensor:
         """Every anchor: (B, N, *shape), N in the order level, y, x, anchor."""
         rows = []
-        for m in self.levels:
+        for m, anchors in zip(self.levels, self.per_cell, strict=True):
             b, _, h, w = m.shape
-            rows.append(
-                m.view(b, self.anchors, -1, h, w).permute(0, 3, 4, 1, 2).reshape(b, h * w * self.anchors, *self.shape)
-            )
+            rows.append(m.view(b, anchors, -1, h, w).permute(0, 3, 4, 1, 2).reshape(b, h * w * anchors, *self.shape))
         return torch.cat(rows, 1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,11 @@ class Adapter:
         """(mean, std) that the model's input is expected to be normalised with; None: unknown, or done inside."""
         return self.norm or said_by(model)
 
+    def channels(self, model: nn.Module) -> Literal["rgb", "bgr"] | None:
+        """The order of its input's channels, where a family has models of both; a teacher of the other order gets the
+        student's pictures with their channels turned round. None: not known, and taken as equal."""
+        return None
+
     def places(self, model: nn.Module, kind: type[View], at: tuple[str, ...] | None) -> tuple[Place, ...]:
         """Where a view is tapped; (): it is read from what the model returns.
 
@@ -55,6 +60,10 @@ class Adapter:
             "model (a model of kind: custom in a recipe: let its "
             "registered builder return (model, adapter))"
         )
+
+    def teacher_places(self, model: nn.Module, kind: type[View], at: tuple[str, ...] | None) -> tuple[Place, ...]:
+        """Of a teacher: ``places``, unless less is enough than of a student. It runs no further than its places."""
+        return self.places(model, kind, at)
 
     def view(self, model: nn.Module, kind: type[View], tensors: list[Tensor], output: Any) -> View:
         """The view, from the tapped tensors in the order of the places' paths, or from the model's output."""

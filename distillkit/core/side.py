@@ -17,6 +17,7 @@ from distillkit.core.taps import AllTapsFired, Place, Taps
 from distillkit.core.views import View
 
 Paths = tuple[str, ...] | None
+STUDENT = "student"  # the role of that side; teachers' are their names
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class Side:
 
     def __init__(self, role: str, model: nn.Module, adapter: Adapter, readings: Sequence[Reading]):
         self.role, self.model, self.adapter = role, model, adapter
+        places = adapter.places if role == STUDENT else adapter.teacher_places
         self.places: dict[Reading, tuple[Place, ...]] = {
-            reading: adapter.places(model, reading.kind, reading.at) for reading in dict.fromkeys(readings)
+            reading: places(model, reading.kind, reading.at) for reading in dict.fromkeys(readings)
         }
         self.taps = Taps(model, [place for places in self.places.values() for place in places], role)
         self.exits_early = bool(self.places) and all(self.places.values())

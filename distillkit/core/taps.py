@@ -2,7 +2,8 @@
 
 A path is a dotted module name with optional parts:
 ``layer4``; ``head.scales.*`` (``*`` stands for one name, the modules in natural order); ``conv_77[80:]`` (channels of a
-map, dimension 1); ``head[1]`` (an element of a tuple or list), in any sequence, as in ``head[1][:80]``.
+map, dimension 1); ``head[1]`` (an element of a tuple or list), ``backbone[pool]`` (an entry of a dict), in any
+sequence, as in ``head[1][:80]``; ``backbone[*]`` (all elements or entries, in their order).
 ``module.`` and ``_orig_mod.`` in names are ignored.
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -27,10 +28,14 @@ class Place:
     """Where a view is read: module paths, and how often each module runs in one forward pass.
 
     A head shared by L pyramid levels runs L times; one path per level runs once each.
+
+    reads: ``tensors``, picked from outputs as the paths say; ``output``: what the module returned as it is, of any
+    type; ``input``: the tuple of what it was called with.
     """
 
     paths: tuple[str, ...]
     fires: int = 1
+    reads: Literal["tensors", "output", "input"] = "tensors"
 
 
 class AllTapsFired(Exception):  # noqa: N818 - a signal, not an error
@@ -75,7 +80,7 @@ class _Hook:
         self.taps, self.name = taps, name
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.taps.take(self.name, output)
+        self.taps.take(self.name, args, output)
 
 
 class _Change:
@@ -162,6 +167,7 @@ class Taps(_Hooked):
         self.caught: dict[str, list[Any]] = {}
         self.left = 0
         self.expected: dict[str, int] = {}
+        self.inputs: set[str] = set()  # modules whose inputs are read, too
         modules: dict[str, nn.Module] = {}
         names = {_plain(name): module for name, module in model.named_modules()}
         for place in places:
@@ -173,6 +179,8 @@ class Taps(_Hooked):
                             "in one forward"
                         )
                     modules[name] = names[name]
+                    if place.reads == "input":
+                        self.inputs.add(name)
         self.total = sum(self.expected.values())
         self._put(modules, {name: _Hook(self, name) for name in modules})
 
@@ -181,10 +189,10 @@ class Taps(_Hooked):
         self.caught = {name: [] for name in self.expected}
         self.left, self.exit_early, self.recording = self.total, exit_early, True
 
-    def take(self, name: str, output: Any) -> None:
+    def take(self, name: str, args: Any, output: Any) -> None:
         if not self.recording:
             return
-        self.caught[name].append(output)
+        self.caught[name].append((args if name in self.inputs else None, output))
         self.left -= 1
         if self.exit_early and self.left == 0:
             raise AllTapsFired
@@ -194,17 +202,20 @@ class Taps(_Hooked):
         caught, self.caught, self.recording = self.caught, {}, False
         return caught
 
-    def read(self, caught: dict[str, list[Any]], place: Place) -> list[Tensor]:
-        """The tensors of a place: paths in their order, modules of a ``*`` in natural order, firings in theirs."""
-        tensors = []
+    def read(self, caught: dict[str, list[Any]], place: Place) -> list[Any]:
+        """The tensors of a place (or what else it ``reads``): paths in their order, modules of a ``*`` in natural
+        order, firings in theirs."""
+        found: list[Any] = []
         for path in place.paths:
             pick = _picker(path, self.role)
             for name in _resolve(path, self._modules, self.role):
                 fired = caught[name]
                 if len(fired) != place.fires:
                     raise TapError(_miscount(self.role, name, len(fired), place.fires))
-                tensors += [pick(output, name) for output in fired]
-        return tensors
+                for args, output in fired:
+                    whole = {"input": args, "output": output}
+                    found += [whole[place.reads]] if place.reads in whole else pick(output, name)
+        return found
 
 
 def is_tapped(module: nn.Module) -> bool:
@@ -258,25 +269,45 @@ def _resolve(path: str, names: dict[str, nn.Module], role: str) -> list[str]:
     return found
 
 
-def _picker(path: str, role: str) -> Callable[[Any, str], Tensor]:
+def _picker(path: str, role: str) -> Callable[[Any, str], list[Tensor]]:
     """What the brackets of a path ask for, as a function of a module's output."""
     steps = re.findall(r"\[([^\]]*)\]", path)
     for step in steps:
-        if not re.fullmatch(r"-?\d+|(-?\d*):(-?\d*)", step):
-            raise TapError(f"{role}: {path!r}: expected [index] or [first:last], got [{step}]")
+        if not re.fullmatch(r"-?\d+|(-?\d*):(-?\d*)|\*|[\w.-]+", step):
+            raise TapError(f"{role}: {path!r}: expected [index], [name], [first:last] or [*], got [{step}]")
 
-    def pick(output: Any, name: str) -> Tensor:
+    def pick(output: Any, name: str) -> list[Tensor]:
+        found = [output]
         for step in steps:
-            if ":" in step:
-                first, last = (int(end) if end else None for end in step.split(":"))
-                output = output[:, first:last]
-            else:
-                output = output[int(step)]
-        if not isinstance(output, Tensor):
-            raise TapError(
-                f"{role}: {name!r} returns a {type(output).__name__}, not a tensor; "
-                f"say which part is meant, as in {path}[0]"
-            )
-        return output
+            found = [part for whole in found for part in _parts(whole, step, path, role)]
+        for part in found:
+            if not isinstance(part, Tensor):
+                raise TapError(
+                    f"{role}: {name!r} returns a {type(part).__name__}, not a tensor; "
+                    f"say which part is meant, as in {path}[0]"
+                )
+        return found
 
     return pick
+
+
+def _parts(whole: Any, step: str, path: str, role: str) -> list[Any]:
+    """What one pair of brackets means of an output, or of a part of it."""
+    if step == "*":
+        if isinstance(whole, Tensor):
+            return [whole]
+        return list(whole.values()) if isinstance(whole, Mapping) else list(whole)
+    if ":" in step:
+        first, last = (int(end) if end else None for end in step.split(":"))
+        return [whole[:, first:last]]
+    if isinstance(whole, Mapping):
+        by_name = {str(key): value for key, value in whole.items()}
+        if step not in by_name:
+            raise TapError(f"{role}: {path!r}: there is no entry {step!r}, only {', '.join(map(repr, by_name))}")
+        return [by_name[step]]
+    if not re.fullmatch(r"-?\d+", step):
+        raise TapError(
+            f"{role}: {path!r}: expected [index] or [first:last] of a {type(whole).__name__}, got [{step}], which "
+            "names an entry of a dict"
+        )
+    return [whole[int(step)]]

@@ -20,6 +20,10 @@ log = logging.getLogger("distillkit")
 Feed = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
+#: mean and std that change nothing
+UNCHANGED: Norm = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
 class Teacher:
     """A frozen teacher: eval, no gradient, never in ``parameters()`` or ``state_dict()`` of the wrapped model.
 
@@ -211,17 +215,22 @@ def fold_batchnorm(model: nn.Module) -> list[tuple[str, str]]:
 class Renormalise:
     """Pictures normalised with ``given`` (mean, std), as they would be with ``wanted``.
 
-    Called with a tensor (B, C, H, W) or a list of (C, H, W).
+    Called with a tensor (B, C, H, W) or a list of (C, H, W). ``turned``: the order of channels is turned round, too.
     """
 
-    def __init__(self, given: Norm, wanted: Norm):
+    def __init__(self, given: Norm, wanted: Norm, turned: bool = False):
         (m0, s0), (m1, s1) = given, wanted
+        self.turned = turned
+        if turned:
+            m0, s0 = m0[::-1], s0[::-1]
         self.scale = torch.tensor([a / b for a, b in zip(s0, s1, strict=True)]).view(-1, 1, 1)
         self.shift = torch.tensor([(a - b) / s for a, b, s in zip(m0, m1, s1, strict=True)]).view(-1, 1, 1)
 
     def __call__(self, pictures: Any) -> Any:
         if isinstance(pictures, list | tuple):
             return type(pictures)(self(p) for p in pictures)
+        if self.turned:
+            pictures = pictures.flip(-3)
         if self.scale.device != pictures.device:  # once, not a copy to the device in every step
             self.scale, self.shift = self.scale.to(pictures.device), self.shift.to(pictures.device)
         return pictures * self.scale + self.shift
@@ -246,7 +255,12 @@ def renormalisation(
             f"teacher {name!r} was given mean and std, but what the student's input is normalised with is not known: "
             "pass adapter=Adapter(mean=..., std=...)"
         )
-    if not wanted or not given or wanted == given:
+    turned = {adapter.channels(student), theirs.channels(teacher.model)} == {"rgb", "bgr"}
+    if turned:
+        log.warning("teacher %r: channels turned round, as student and teacher are fed RGB and BGR", name)
+    if not wanted or not given:
+        return Renormalise(UNCHANGED, UNCHANGED, turned) if turned else None
+    if wanted == given and not turned:
         return None
     log.warning("teacher %r: input re-normalised from mean %s std %s to mean %s std %s", name, *given, *wanted)
-    return Renormalise(given, wanted)
+    return Renormalise(given, wanted, turned)

@@ -75,7 +75,7 @@ class DistilledModel(nn.Module):
         self._uses = teachers_by_distiller(distillers, teachers, default_teacher)
         self._adapter = adapter
         # else the wrapper is called with the targets last, and keeps them from the student
-        self._student_takes_targets = criterion is None and not any(d.is_task for d in distillers)
+        self.student_takes_targets = criterion is None and not any(d.is_task for d in distillers)
         self._decays = {name: t.decay for name, t in teachers.items() if isinstance(t, EMATeacher)}
         self._online = {name: t for name, t in teachers.items() if isinstance(t, OnlineTeacher)}
         # frozen teachers stand outside the module tree: parameters, state_dict, DDP and checkpoints never see them
@@ -233,7 +233,7 @@ class DistilledModel(nn.Module):
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """Unless the student takes them itself, targets are the last argument of the call."""
-        if self._student_takes_targets:
+        if self.student_takes_targets:
             return args, kwargs, None
         if "targets" in kwargs:
             return args, {k: v for k, v in kwargs.items() if k != "targets"}, kwargs["targets"]
@@ -246,7 +246,7 @@ class DistilledModel(nn.Module):
 
     def _task_losses(self, output: Any, given: Any, targets: Any) -> dict[str, Tensor]:
         """By name. given: the targets that the criterion gets; targets: those of the call, whoever gets them."""
-        if self._student_takes_targets:
+        if self.student_takes_targets:
             losses = self._adapter.losses(output)
             if not losses and targets is not None:
                 raise no_task_loss(output)
@@ -286,7 +286,7 @@ class DistilledModel(nn.Module):
         self, side: Side, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A model's call in eval mode; where the student takes no targets they are gone already."""
-        return side.adapter.without_targets(args, kwargs) if self._student_takes_targets else (args, kwargs)
+        return side.adapter.without_targets(args, kwargs) if self.student_takes_targets else (args, kwargs)
 
     def _precision(self, name: str) -> AbstractContextManager[Any]:
         """A teacher that has its own dtype runs outside of the loop's autocast."""

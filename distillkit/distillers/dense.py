@@ -29,7 +29,8 @@ def check_edges(student: DenseDetections, teacher: DenseDetections) -> tuple[Map
     for role, view in (("student", student), ("teacher", teacher)):
         if view.edges is None:
             raise ValueError(
-                f"the {role} has no edge distributions: name them with the adapter's edges= or leave this distiller out"
+                f"the {role} has no edge distributions: name them with the adapter's edges=, make some of a plain "
+                "regressor's numbers (distillkit.to_distribution(detector)), or leave this distiller out"
             )
     s, t = student.edges, teacher.edges
     assert s is not None

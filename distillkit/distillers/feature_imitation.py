@@ -170,7 +170,10 @@ def project(x: Tensor, projection: nn.Module) -> Tensor:
 def on_cells(chosen: Tensor, maps: Maps) -> list[Tensor]:
     """(B, N) bool of anchors -> one (B, H, W) bool a level: a cell takes part if one of its anchors does."""
     levels = chosen.split(list(maps.counts), 1)
-    return [level.view(len(level), h, w, maps.anchors).any(-1) for level, (h, w) in zip(levels, maps.sizes)]
+    return [
+        level.view(len(level), h, w, anchors).any(-1)
+        for level, (h, w), anchors in zip(levels, maps.sizes, maps.per_cell)
+    ]
 
 
 def inside_boxes(view: DenseDetections, targets: BoxTargets, overlap: Overlap = "rotated") -> Tensor:

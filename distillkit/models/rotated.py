@@ -55,12 +55,13 @@ def best_anchors(scores: Maps, edges: Maps, image: int, valid: Tensor, most: int
         their positions (n,) among the picture's N anchors, scores (n, C) and edge logits (n, *edges.shape), float32.
     """
     at, rows, logits, start = [], [], [], 0
-    for level, distributions, count in zip(scores.levels, edges.levels, scores.counts, strict=True):
-        said = level[image].float().view(scores.anchors, *scores.shape, -1).permute(2, 0, 1).reshape(count, -1)
+    per_level = zip(scores.levels, edges.levels, scores.counts, scores.per_cell, strict=True)
+    for level, distributions, count, anchors in per_level:
+        said = level[image].float().view(anchors, *scores.shape, -1).permute(2, 0, 1).reshape(count, -1)
         said = said * valid[start : start + count, None]
         best = said.amax(1).topk(min(most, count)).indices
-        cell, anchor = best // scores.anchors, best % scores.anchors
-        grid = distributions[image].float().view(edges.anchors, -1, count // edges.anchors)
+        cell, anchor = best // anchors, best % anchors
+        grid = distributions[image].float().view(anchors, -1, count // anchors)
         logits.append(grid[anchor, :, cell].view(-1, *edges.shape))
         rows.append(said[best])
         at.append(best + start)

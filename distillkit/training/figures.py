@@ -215,8 +215,12 @@ def dense_views(models: Sequence[nn.Module], sample: Sample) -> list[DenseDetect
 
 def _points(view: DenseDetections) -> Tensor:
     """(N, 2) x, y of every anchor's point, in pixels."""
-    points = grid_points(view.classes.sizes, view.strides, view.centre, "cpu")
-    return points.repeat_interleave(view.classes.anchors, 0)
+    maps = view.classes
+    rows = [
+        grid_points([size], [stride], view.centre, "cpu").repeat_interleave(anchors, 0)
+        for size, stride, anchors in zip(maps.sizes, view.strides, maps.per_cell, strict=True)
+    ]
+    return torch.cat(rows)
 
 
 def _probabilities(view: DenseDetections) -> Tensor:
