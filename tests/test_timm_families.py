@@ -71,18 +71,21 @@ def small_name(names: list[str]) -> str:
     return min(names, key=size)
 
 
-def small_model(family: str) -> nn.Module:
+def small_model(family: str) -> tuple[nn.Module, torch.Tensor]:
+    """A model, and pictures that it runs on."""
     name = small_name(families()[family])
     for options in OPTIONS:
         try:
-            return timm.create_model(name, num_classes=10, **options)
-        except (TypeError, AssertionError, ValueError, RuntimeError, IndexError) as error:
-            refused = error
-    raise AssertionError(f"{name}: {refused}")
+            model = timm.create_model(name, num_classes=10, **options).train()
+        except (TypeError, AssertionError, ValueError, RuntimeError, IndexError):
+            continue
+        if (pictures := pictures_for(model)) is not None:
+            return model, pictures
+    raise AssertionError(f"{name} runs on pictures of none of the sides {SIDES}")
 
 
 @torch.no_grad()
-def pictures_for(model: nn.Module) -> torch.Tensor:
+def pictures_for(model: nn.Module) -> torch.Tensor | None:
     for side in SIDES:
         pictures = torch.rand(2, 3, side, side)
         try:
@@ -90,18 +93,17 @@ def pictures_for(model: nn.Module) -> torch.Tensor:
         except Exception:  # whatever a model raises for a size that is not its own
             continue
         return pictures
-    raise AssertionError(f"{type(model).__name__} runs on pictures of none of the sides {SIDES}")
+    return None
 
 
 def distil_one_step(family: str) -> None:
     torch.manual_seed(0)
-    student = small_model(family).train()
+    student, pictures = small_model(family)
     untouched = list(student.state_dict())
     teacher = copy.deepcopy(student)
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter.mul_(1.2)
-    pictures = pictures_for(student)
     model = distillkit.wrap(student, teacher, [LogitKD()], criterion=cross_entropy)
     losses = model.train()(pictures, torch.tensor([1, 2]))
     losses.total.backward()

@@ -108,7 +108,8 @@ class QueryLD(Distiller):
     (``boxes.queries.moved_around``). within_qe is 0 for edges that the teacher expects further off than the student has
     bins for, as of the few queries at the start that lie apart: there it would learn to say "as far as I can".
 
-    Within one model D-FINE does the same to its earlier layers, from its last (Peng et al., arXiv:2410.13842); LD between two models is Zheng et al., arXiv:2102.12252.
+    Within one model D-FINE does the same to its earlier layers, from its last (Peng et al., arXiv:2410.13842); LD
+    between two models is Zheng et al., arXiv:2102.12252.
 
     Args:
         temperature: T >= 1.
