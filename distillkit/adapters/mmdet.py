@@ -19,7 +19,7 @@ from distillkit.adapters.distribution_head import DistributionHead
 from distillkit.boxes.anchors import grid_anchors, grid_points
 from distillkit.boxes.iou import check_boxes
 from distillkit.boxes.maps import Maps
-from distillkit.core.adapter import Adapter, Norm
+from distillkit.core.adapter import AS_LOADED, Adapter, Norm
 from distillkit.core.errors import ViewError
 from distillkit.core.taps import Place
 from distillkit.core.views import BoxTargets, DenseDetections, Features, View
@@ -59,7 +59,7 @@ class MMDet(Adapter):
     def normalisation(self, model: nn.Module) -> Norm | None:
         prepared = getattr(model, "data_preprocessor", None)
         if not getattr(prepared, "_enable_normalize", False):
-            return ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+            return AS_LOADED
         return tuple(prepared.mean.flatten().tolist()), tuple(prepared.std.flatten().tolist())  # type: ignore[union-attr]
 
     def channels(self, model: nn.Module) -> Literal["rgb", "bgr"] | None:

@@ -186,7 +186,7 @@ class TorchvisionDetector(DenseHead):
         targets = super().targets(args, kwargs, given)
         if targets is None:
             return None
-        ratios = self.ratios(pictures_of(args, kwargs))
+        ratios = self.ratios(pictures_of(args, kwargs), targets.sizes)
         return replace(targets, boxes=[b * b.new_tensor(r) for b, r in zip(targets.boxes, ratios, strict=True)])
 
     def sizes(self, pictures: Any) -> list[tuple[int, int]]:
@@ -197,15 +197,16 @@ class TorchvisionDetector(DenseHead):
             sizes.append((resized.shape[-2], resized.shape[-1]))
         return sizes
 
-    def ratios(self, pictures: Any) -> list[tuple[float, float, float, float]]:
-        """What the x1, y1, x2, y2 of each picture are multiplied by when it is resized."""
+    def ratios(self, pictures: Any, resized: list[tuple[int, int]]) -> list[tuple[float, float, float, float]]:
+        """What the x1, y1, x2, y2 of each picture are multiplied by when it is resized to these ``sizes``."""
         ratios = []
-        for (height, width), (h, w) in zip(super().sizes(pictures), self.sizes(pictures), strict=True):
+        for (height, width), (h, w) in zip(super().sizes(pictures), resized, strict=True):
             ratios.append((w / width, h / height, w / width, h / height))
         return ratios
 
     def proof(self, view: View, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        ratios = self.ratios(pictures_of(args, kwargs))
+        pictures = pictures_of(args, kwargs)
+        ratios = self.ratios(pictures, self.sizes(pictures))
         rows = [
             {**row, "boxes": row["boxes"] * row["boxes"].new_tensor(ratio)}
             for row, ratio in zip(predictions_of(output), ratios, strict=True)

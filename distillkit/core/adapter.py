@@ -13,6 +13,7 @@ from distillkit.core.taps import Place, channel_ranges, module_name
 from distillkit.core.views import ActivationMaps, ClassLogits, Features, View
 
 Norm = tuple[tuple[float, ...], tuple[float, ...]]
+AS_LOADED: Norm = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # mean and deviation of pictures that nothing was done to
 TARGETS = ("targets", "labels")  # what targets are called where they are given by name
 
 

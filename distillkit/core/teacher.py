@@ -12,16 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillkit.core.adapter import Adapter, Norm, said_by
+from distillkit.core.adapter import AS_LOADED, Adapter, Norm, said_by
 from distillkit.core.errors import TeacherModeError, WrapError
 
 log = logging.getLogger("distillkit")
 
 Feed = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
-
-
-#: mean and std that change nothing
-UNCHANGED: Norm = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 class Teacher:
@@ -259,7 +255,7 @@ def renormalisation(
     if turned:
         log.warning("teacher %r: channels turned round, as student and teacher are fed RGB and BGR", name)
     if not wanted or not given:
-        return Renormalise(UNCHANGED, UNCHANGED, turned) if turned else None
+        return Renormalise(AS_LOADED, AS_LOADED, turned) if turned else None
     if wanted == given and not turned:
         return None
     log.warning("teacher %r: input re-normalised from mean %s std %s to mean %s std %s", name, *given, *wanted)

@@ -185,7 +185,7 @@ class DenseDetections(View):
                     "leave the level out of the student's adapter (strides=, classes=, edges=)"
                 )
             keep.append(self.strides.index(stride))
-        classes, edges = _levels(self.classes, keep), self.edges and _levels(self.edges, keep)
+        classes, edges = self.classes.only(keep), self.edges and self.edges.only(keep)
         if classes.sizes != student.classes.sizes:
             raise ValueError(
                 f"the level maps differ: teacher {classes.sizes}, student {student.classes.sizes} (height, width); "
@@ -207,7 +207,7 @@ class DenseDetections(View):
             edges=edges,
             strides=student.strides,
             centre=student.centre,
-            scores=self.scores and _levels(self.scores, keep),
+            scores=self.scores and self.scores.only(keep),
         )
 
 
@@ -268,10 +268,6 @@ def _facing(teacher: Tensor, angle: Tensor) -> Tensor:
     opposite = opposite_frames(angle[..., 0, :], teacher[..., 4, :].detach())
     renamed = torch.cat([teacher[..., :4, :].roll(2, -2), teacher[..., 4:, :]], -2)
     return torch.where(opposite[..., None, None], renamed, teacher)
-
-
-def _levels(maps: Maps, keep: list[int]) -> Maps:
-    return maps.only(keep)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ from torch import nn
 from distillkit.schema import Recipe
 from distillkit.training.tasks import task_of
 
-AS_LOADED = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # mean and deviation of pictures in 0..1 that nothing was done to
-
 
 def batches(recipe: Recipe, student: nn.Module, classes: int) -> dict[str, Any]:
     """``collate``, ``prepare`` and ``drop_last`` of a ``Job``, where the recipe's task has its own."""

@@ -12,6 +12,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from distillkit import schema
+from distillkit.core.adapter import AS_LOADED
 from distillkit.core.teacher import Renormalise
 from distillkit.data.class_transforms import Middle
 from distillkit.data.classes import collate
@@ -26,7 +27,6 @@ from distillkit.evaluation.classes import (
 from distillkit.evaluation.predict import Progress
 from distillkit.schema import ClassificationRecipe
 from distillkit.training import checkpoint, class_figures
-from distillkit.training.batches import AS_LOADED
 from distillkit.training.build import Classes
 from distillkit.training.export import Logits
 from distillkit.training.pictures import named_pictures, read_picture

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distillkit.core.adapter import AS_LOADED
 from distillkit.core.teacher import Renormalise
 from distillkit.data.fakemix import FakeMix
 from distillkit.data.mask_check import check_masks
@@ -21,7 +22,6 @@ from distillkit.evaluation.segmentation import PixelResult, pixel_counts, pixel_
 from distillkit.evaluation.transparent import transparent_counts, transparent_metrics
 from distillkit.schema import SegmentationRecipe
 from distillkit.training import build, checkpoint, mask_figures
-from distillkit.training.batches import AS_LOADED
 from distillkit.training.build import Classes
 from distillkit.training.errors import RunError
 from distillkit.training.export import Logits

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distillkit.core.adapter import AS_LOADED
 from distillkit.core.teacher import Renormalise
 from distillkit.data.mask_check import check_masks
 from distillkit.data.problems import DataError, Problem
@@ -20,7 +21,6 @@ from distillkit.evaluation.predict import Progress
 from distillkit.evaluation.pseudo_masks import CamResult, cam_dataset, cam_metrics
 from distillkit.schema import VocLabelData, WeakRecipe
 from distillkit.training import build
-from distillkit.training.batches import AS_LOADED
 from distillkit.training.build import Classes
 from distillkit.training.build.label_data import there_are
 from distillkit.training.cams import predict_cams as predict
