@@ -248,6 +248,16 @@ def test_pictures_of_unequal_size_and_maps_that_are_no_whole_multiples():
         assert not model._teacher_sides["teacher"].unproven
 
 
+def test_sizes_are_those_of_torchvision_and_nothing_is_drawn_for_them():
+    for model in (fcos(), fcos(max_size=200), retinanet(), faster(), ssd()):
+        adapter, torch_sizes = adapter_for(model), []
+        pictures = [torch.rand(3, height, width) for height, width in ((96, 150), (140, 100), (33, 71), (480, 640))]
+        torch_sizes = [tuple(model.transform.resize(p)[0].shape[-2:]) for p in pictures]
+        before = torch.get_rng_state()
+        assert adapter.sizes(pictures) == torch_sizes
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_strides_and_anchors_are_those_that_torchvision_has():
     for model, strides in ((fcos(), (8, 16, 32, 64, 128)), (retinanet(), (8, 16, 32, 64, 128)), (ssd(), (16, 32))):
         assert adapter_for(model).strides == strides
@@ -536,6 +546,19 @@ def test_trained_weights_are_not_taken_for_the_old_layers():
     copied = copy.deepcopy(layer)
     copied.load_state_dict(layer.state_dict())
     assert torch.equal(copied(x), layer(x))
+
+
+def test_what_is_trained_is_not_looked_at_any_more(monkeypatch):
+    layer, x = DistributionLayer(nn.Conv2d(3, 4, 1), torch.arange(-4.0, 17)), torch.randn(1, 3, 8, 8)
+    looked = []
+    monkeypatch.setattr(DistributionLayer, "_due", lambda self, device: looked.append(device) or True)
+    layer(x)
+    layer(x)
+    with torch.no_grad():
+        layer.logits.weight.normal_()
+    for _ in range(3):
+        layer(x)
+    assert len(looked) == 3  # the third found other weights
 
 
 def test_an_accelerator_is_waited_for_at_calls_1_2_4_8(monkeypatch):

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections import OrderedDict
 
 import pytest
 import timm
@@ -23,6 +24,7 @@ from distillkit.core.errors import (
     ViewError,
     WrapError,
 )
+from distillkit.core.taps import Place, Taps
 from distillkit.core.wrap import CHECK_EVERY
 from tests.tiny import KL, MSE, Net, batch
 
@@ -989,3 +991,27 @@ def test_amp_through_accelerate():
     before = model.student.head.weight.clone()
     optimizer.step()
     assert not torch.equal(before, model.student.head.weight)
+
+
+def test_outputs_that_have_names_are_read_by_number_too():
+    """As transformers' are; where the names are numbers themselves, a number is a name."""
+
+    class Named(nn.Module):
+        def forward(self, x):
+            return OrderedDict(logits=x + 1, hidden=x + 2)
+
+    class Levels(nn.Module):
+        def forward(self, x):
+            return OrderedDict({"1": x + 1, "0": x + 2})
+
+    student = nn.ModuleDict({"named": Named(), "levels": Levels()})
+    student.forward = lambda x: (student["named"](x), student["levels"](x))
+    taps = Taps(student, [Place(("named[0]", "named[-1]", "levels[0]"))], "student")
+    taps.start()
+    student(torch.zeros(1))
+    caught = taps.stop()
+    assert [t.item() for t in taps.read(caught, Place(("named[0]", "named[-1]", "levels[0]")))] == [1, 2, 2]
+    with pytest.raises(TapError, match="no entry '2', only 'logits', 'hidden'"):
+        taps.read(caught, Place(("named[2]",)))
+    with pytest.raises(TapError, match="no entry '2', only '1', '0'"):
+        taps.read(caught, Place(("levels[2]",)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from distillkit.core.adapter import Adapter
+from distillkit.core.adapter import Adapter, comes_from
 
 #: an attribute of the model, so that copies of a model have its adapter too
 _OWN = "_distillkit_adapter"
@@ -48,15 +48,18 @@ def adapter_for(model: nn.Module, fallback: Adapter | None = None) -> Adapter:
         from distillkit.adapters.rotated_retina import rotated_retina
 
         return rotated_retina(model)
-    from distillkit.adapters.mmdet import is_mmdet, mmdet
+    if comes_from(model, "mmdet.models.detectors."):
+        from distillkit.adapters.mmdet import mmdet
 
-    if is_mmdet(model):
         return mmdet(model)
-    if (detector := _of_torchvision(model)) is not None:
-        return detector
-    from distillkit.adapters.transformers import is_transformers, transformers_model
+    if comes_from(model, "torchvision.models.detection."):
+        from distillkit.adapters.torchvision import torchvision_detector
 
-    if is_transformers(model):
+        if (detector := torchvision_detector(model)) is not None:
+            return detector
+    if comes_from(model, "transformers.modeling_utils"):
+        from distillkit.adapters.transformers import transformers_model
+
         return transformers_model(model)
     from distillkit.adapters.segmenter import Segmenter, is_segmenter
 
@@ -67,12 +70,3 @@ def adapter_for(model: nn.Module, fallback: Adapter | None = None) -> Adapter:
 
         return Classifier() if is_classifier(model) else Adapter()
     return fallback
-
-
-def _of_torchvision(model: nn.Module) -> Adapter | None:
-    """Of torchvision's detectors, known by the module that their class is from."""
-    if not any(c.__module__.startswith("torchvision.models.detection.") for c in type(model).__mro__):
-        return None
-    from distillkit.adapters.torchvision import torchvision_detector
-
-    return torchvision_detector(model)

@@ -39,11 +39,6 @@ PREDICTING = ("forward", "forward_single", "predict_by_feat", "_predict_by_feat_
 META = ("img_shape", "pad_shape", "batch_input_shape")
 
 
-def is_mmdet(model: nn.Module) -> bool:
-    """Whether a model is a detector of mmdet, or of a package built on it; nothing is imported."""
-    return any(c.__module__.startswith("mmdet.models.detectors.") for c in type(model).__mro__)
-
-
 def mmdet(model: nn.Module) -> MMDet:
     """The adapter of a detector, by its head."""
     return MMDetHead(model) if _known_head(getattr(model, "bbox_head", None)) else MMDet()
@@ -53,10 +48,13 @@ class MMDet(Adapter):
     """Any detector of mmdet: features at the neck, losses as mmengine reads them.
 
     Pictures are those that the student's ``data_preprocessor`` has made. A teacher with other mean and std, or with the
-    other order of channels, gets them as its own would have made them.
+    other order of channels, gets them as its own would have made them, but for the colour that a batch is padded with:
+    it is 0 after the student's normalisation.
     """
 
     def normalisation(self, model: nn.Module) -> Norm | None:
+        if self.norm is not None:
+            return self.norm
         prepared = getattr(model, "data_preprocessor", None)
         if not getattr(prepared, "_enable_normalize", False):
             return AS_LOADED

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distillkit.boxes.distribution import integral
+from distillkit.core.adapter import comes_from
 
 #: s^2 in squared distances of two bins: below it the mean is bent between the bins, above it the tails are cut off
 VARIANCE = 0.75
@@ -130,14 +131,16 @@ class DistributionLayer(nn.Module):
         self.logits.weight.requires_grad_(conv.weight.requires_grad)
         self.logits.bias.requires_grad_(conv.weight.requires_grad)
         self.register_buffer("bins", bins)
-        self._calls = 0
-        self._seen: list[Tensor] = []  # on the device: least and greatest number since the last look
+        self._middle = float(middle)
+        self._per_logit = VARIANCE * float(step) ** 2 / float(bins[-1] - bins[0])
+        self._looks, self._calls = True, 0
+        self._seen: list[Tensor] = []  # on the device, since the last look
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             logits = self.logits(x.to(self.logits.weight.dtype))
             spread = logits.unflatten(1, (-1, len(self.bins)))  # (B, M, K, H, W)
-            if not torch.compiler.is_compiling():
+            if self._looks and not torch.compiler.is_compiling():
                 self._look(spread.detach())
             return integral(spread.movedim(2, -1), self.bins)
 
@@ -152,24 +155,24 @@ class DistributionLayer(nn.Module):
 
     @torch.no_grad()
     def _look(self, spread: Tensor) -> None:
-        """Keep the extremes of the old layer's numbers, and read them where that costs nothing, or at times."""
-        reach = (self.bins[-1] - self.bins[0]) / 2
-        variance = VARIANCE * (self.bins[1] - self.bins[0]) ** 2
-        middle = (self.bins[-1] + self.bins[0]) / 2
+        """Keep the extremes of the old layer's numbers, and read them where that costs nothing, or at times.
+
+        Nothing is looked at any more once the weights are no longer those that were made.
+        """
         # the logits of the two ends are straight lines of the number, with opposite slopes
-        numbers = middle + (spread[:, :, -1] - spread[:, :, 0]) * (variance / (2 * reach))
-        extremes = torch.stack([numbers.amin(), numbers.amax()]).float()
-        ends = self.logits.weight.unflatten(0, (-1, len(self.bins)))[:, [0, -1]]
+        numbers = self._middle + (spread[:, :, -1] - spread[:, :, 0]) * self._per_logit
+        ends = self.logits.weight.unflatten(0, (-1, len(self.bins)))[:, :: len(self.bins) - 1]
         as_made = ends.sum(1).abs().amax() <= 1e-4 * ends.abs().amax()
-        extremes = torch.where(as_made, extremes, middle.float())
-        for seen in self._seen:
-            both = torch.stack([extremes, seen.to(extremes.device)])
-            extremes = torch.stack([both[:, 0].amin(), both[:, 1].amax()])
-        self._seen = [extremes]
+        least, greatest = (end.where(as_made, self._middle) for end in (numbers.amin(), numbers.amax()))
+        seen = torch.stack([least, -greatest, as_made]).float()
+        for earlier in self._seen:
+            seen = torch.minimum(seen, earlier.to(seen.device))
+        self._seen = [seen]
         self._calls += 1
         if self._due(spread.device):
-            least, greatest = self._seen.pop().tolist()
-            self.check_reach(least, greatest, "a picture")
+            lowest, highest, still = self._seen.pop().tolist()
+            self.check_reach(lowest, -highest, "a picture")
+            self._looks = bool(still)
 
     def _due(self, device: torch.device) -> bool:
         return device.type == "cpu" or not self._calls & (self._calls - 1)
@@ -177,7 +180,7 @@ class DistributionLayer(nn.Module):
 
 def _layer_of(detector: nn.Module) -> tuple[str, Sequence[float], float | None]:
     """Of torchvision's detectors: path of the last regression layer, bins that fit it, and what is cut off below."""
-    if any(c.__module__.startswith("torchvision.models.detection.") for c in type(detector).__mro__):
+    if comes_from(detector, "torchvision.models.detection."):
         from torchvision.models.detection import FCOS, RetinaNet
 
         if isinstance(detector, FCOS):

@@ -10,6 +10,7 @@ targets is in the pixels of the resized picture, and the proof resizes predictio
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import Any
@@ -187,28 +188,34 @@ class TorchvisionDetector(DenseHead):
         if targets is None:
             return None
         ratios = self.ratios(pictures_of(args, kwargs), targets.sizes)
-        return replace(targets, boxes=[b * b.new_tensor(r) for b, r in zip(targets.boxes, ratios, strict=True)])
+        return replace(targets, boxes=[scaled(b, *r) for b, r in zip(targets.boxes, ratios, strict=True)])
 
     def sizes(self, pictures: Any) -> list[tuple[int, int]]:
-        """After the detector's own resizing, without padding."""
+        """After the detector's own resizing, without padding. Worked out, as its ``resize`` draws a size in training
+        even where there is one alone, and so would change what the student draws after it."""
+        fixed, most, least = (
+            getattr(self.transform, "fixed_size", None),
+            self.transform.max_size,
+            self.transform.min_size,
+        )
+        if self.transform.training and getattr(self.transform, "_skip_resize", False):
+            return super().sizes(pictures)
         sizes = []
         for height, width in super().sizes(pictures):
-            resized = self.transform.resize(torch.empty(3, height, width, device="meta"))[0]
-            sizes.append((resized.shape[-2], resized.shape[-1]))
+            scale = min(least[-1] / min(height, width), most / max(height, width))
+            sizes.append((fixed[1], fixed[0]) if fixed else (math.floor(height * scale), math.floor(width * scale)))
         return sizes
 
-    def ratios(self, pictures: Any, resized: list[tuple[int, int]]) -> list[tuple[float, float, float, float]]:
-        """What the x1, y1, x2, y2 of each picture are multiplied by when it is resized to these ``sizes``."""
-        ratios = []
-        for (height, width), (h, w) in zip(super().sizes(pictures), resized, strict=True):
-            ratios.append((w / width, h / height, w / width, h / height))
-        return ratios
+    def ratios(self, pictures: Any, resized: list[tuple[int, int]]) -> list[tuple[float, float]]:
+        """What x and y of each picture are multiplied by when it is resized to these ``sizes``."""
+        pairs = zip(super().sizes(pictures), resized, strict=True)
+        return [(w / width, h / height) for (height, width), (h, w) in pairs]
 
     def proof(self, view: View, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         pictures = pictures_of(args, kwargs)
         ratios = self.ratios(pictures, self.sizes(pictures))
         rows = [
-            {**row, "boxes": row["boxes"] * row["boxes"].new_tensor(ratio)}
+            {**row, "boxes": scaled(row["boxes"], *ratio)}
             for row, ratio in zip(predictions_of(output), ratios, strict=True)
         ]
         return super().proof(view, rows, args, kwargs)
@@ -235,6 +242,13 @@ class Level:
 
     stride: int
     width: int
+
+
+def scaled(boxes: Tensor, x: float, y: float) -> Tensor:
+    """Boxes (k, 4) with x1 and x2, y1 and y2 multiplied; nothing is copied to the device for it."""
+    if x == y:
+        return boxes if x == 1 else boxes * x
+    return torch.stack([side * by for side, by in zip(boxes.unbind(1), (x, y, x, y), strict=True)], 1)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distillkit.adapters.dense_head import LOOKED_AT, SCORE, predictions_of
-from distillkit.adapters.torchvision import AnchorDetections, TorchvisionDetector
+from distillkit.adapters.torchvision import AnchorDetections, TorchvisionDetector, scaled
 from distillkit.boxes.maps import Maps
 from distillkit.core.errors import AdapterError
 from distillkit.core.taps import Place
@@ -62,7 +62,7 @@ class RegionTeacher(ClassLogits):
         dtype = next(self.heads.parameters()).dtype
         regions = []
         for boxes, (h, w), (height, width) in zip(student.regions, student.sizes, self.sizes, strict=True):
-            regions.append(boxes.detach().to(dtype) * boxes.new_tensor([width / w, height / h] * 2).to(dtype))
+            regions.append(scaled(boxes.detach().to(dtype), width / w, height / h))
         maps = {name: m.to(dtype) for name, m in self.maps.items()}
         pooled = self.heads.box_roi_pool(maps, regions, self.sizes)
         logits, _ = self.heads.box_predictor(self.heads.box_head(pooled))

@@ -24,11 +24,6 @@ APART, APART_HALF = 1e-3, 2e-2
 POSITIONS = ("start_positions", "end_positions")
 
 
-def is_transformers(model: nn.Module) -> bool:
-    """Whether a model is one of transformers', or of a class derived from one; nothing is imported."""
-    return any(c.__module__ == "transformers.modeling_utils" for c in type(model).__mro__)
-
-
 def transformers_model(model: nn.Module) -> TransformersModel:
     """The adapter of a model, by its class."""
     return TransformersSegmenter() if is_segmenter(model) else TransformersModel()
@@ -141,7 +136,7 @@ def _queries(model: nn.Module, output: Any) -> QueryDetections:
     distances, reference = output.get("intermediate_predicted_corners"), output.get("initial_reference_points")
     if distances is None or reference is None:
         return view
-    decoder: Any = next(m for m in model.modules() if hasattr(m, "reg_scale") and hasattr(m, "max_num_bins"))
+    decoder: Any = model.get_submodule("model.decoder")
     layers = distances[:, :, skip:].unflatten(-1, (4, decoder.max_num_bins + 1)).unbind(1)
     return QueryDetections(logits, boxes, exclusive, layers, reference[:, -1, skip:], support(decoder))
 
@@ -154,7 +149,7 @@ def support(decoder: Any) -> Tensor:
     i = K // 2 - 1 .. 1 and its mirror image, (r^i - 1) / c, around 0, then 2a; r^(K // 2 - 1) = a c + 1.
     """
     up, scale, bins = decoder.up.abs().float().reshape(()), decoder.reg_scale, decoder.max_num_bins
-    scale = torch.as_tensor(scale, device=up.device).abs().float().reshape(())
+    scale = scale.abs().float().reshape(()) if isinstance(scale, Tensor) else abs(scale)
     ratio = (up * scale + 1) ** (2 / (bins - 2))
     steps = (ratio ** torch.arange(1, bins // 2, device=up.device) - 1) / scale
     end = (2 * up)[None]

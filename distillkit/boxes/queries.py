@@ -7,14 +7,17 @@ from torch import Tensor
 
 from distillkit.boxes.distribution import integral
 
-#: outwards, of left, top, right and bottom
-OUTWARDS = (-1.0, -1.0, 1.0, 1.0)
-
 
 def corners(boxes: Tensor) -> Tensor:
     """(..., 4) cx, cy, w, h -> (..., 4) x1, y1, x2, y2."""
     centre, side = boxes.split(2, -1)
     return torch.cat([centre - side / 2, centre + side / 2], -1)
+
+
+def outwards(offsets: Tensor) -> Tensor:
+    """(..., 4) offsets of left, top, right and bottom, to the right and down <-> away from the box."""
+    left_top, right_bottom = offsets.split(2, -1)
+    return torch.cat([-left_top, right_bottom], -1)
 
 
 def decode_around(reference: Tensor, edges: Tensor, support: Tensor) -> Tensor:
@@ -26,7 +29,7 @@ def decode_around(reference: Tensor, edges: Tensor, support: Tensor) -> Tensor:
         support: (K,) what each bin means, in sides of the reference box (widths for left and right, heights else).
     """
     side = reference[..., 2:].tile(2)
-    return corners(reference) + integral(edges, support) * side * reference.new_tensor(OUTWARDS)
+    return corners(reference) + outwards(integral(edges, support) * side)
 
 
 def moved_around(
@@ -44,7 +47,7 @@ def moved_around(
     Returns:
         (..., 4, L) probabilities, and (..., 4) bool: whether the expected place lies within the other's support.
     """
-    outside = (corners(reference) - corners(to)) * to.new_tensor(OUTWARDS)
+    outside = outwards(corners(reference) - corners(to))
     side, to_side = reference[..., 2:].tile(2), to[..., 2:].tile(2).clamp(min=1e-6)
     values = (outside[..., None] + side[..., None] * support) / to_side[..., None]
     expected = (mass * values).sum(-1)

@@ -13,7 +13,7 @@ from distillkit.core.taps import Place, channel_ranges, module_name
 from distillkit.core.views import ActivationMaps, ClassLogits, Features, View
 
 Norm = tuple[tuple[float, ...], tuple[float, ...]]
-AS_LOADED: Norm = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # mean and deviation of pictures that nothing was done to
+AS_LOADED: Norm = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # mean and deviation of pictures as they were read
 TARGETS = ("targets", "labels")  # what targets are called where they are given by name
 
 
@@ -170,6 +170,12 @@ def said_by(model: nn.Module) -> Norm | None:
     """(mean, std) of its input, where a model says so itself, as timm's do."""
     cfg = getattr(model, "pretrained_cfg", None)
     return (tuple(cfg["mean"]), tuple(cfg["std"])) if isinstance(cfg, Mapping) and "mean" in cfg else None
+
+
+def comes_from(model: nn.Module, module: str) -> bool:
+    """Whether a model's class, or one that it is derived from, is of a module whose name begins so; nothing is
+    imported."""
+    return any(c.__module__.startswith(module) for c in type(model).__mro__)
 
 
 def input_name(kwargs: Mapping[str, Any]) -> str:

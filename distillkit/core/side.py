@@ -17,7 +17,6 @@ from distillkit.core.taps import AllTapsFired, Place, Taps
 from distillkit.core.views import View
 
 Paths = tuple[str, ...] | None
-STUDENT = "student"  # the role of that side; teachers' are their names
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,16 @@ class Reading:
 
 
 class Side:
-    """A model as it is read: its adapter, its taps, and the views that distillers want of it."""
+    """A model as it is read: its adapter, its taps, and the views that distillers want of it.
 
-    def __init__(self, role: str, model: nn.Module, adapter: Adapter, readings: Sequence[Reading]):
+    role: what it is called in messages. teacher: it is read as one (``Adapter.teacher_places``).
+    """
+
+    def __init__(
+        self, role: str, model: nn.Module, adapter: Adapter, readings: Sequence[Reading], teacher: bool = False
+    ):
         self.role, self.model, self.adapter = role, model, adapter
-        places = adapter.places if role == STUDENT else adapter.teacher_places
+        places = adapter.teacher_places if teacher else adapter.places
         self.places: dict[Reading, tuple[Place, ...]] = {
             reading: places(model, reading.kind, reading.at) for reading in dict.fromkeys(readings)
         }

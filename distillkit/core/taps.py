@@ -302,6 +302,10 @@ def _parts(whole: Any, step: str, path: str, role: str) -> list[Any]:
         return [whole[:, first:last]]
     if isinstance(whole, Mapping):
         by_name = {str(key): value for key, value in whole.items()}
+        # transformers' outputs are indexed, too; where names are numbers, a number is a name
+        number = re.fullmatch(r"-?\d+", step) and not any(name.isdigit() for name in by_name)
+        if number and -len(whole) <= int(step) < len(whole):
+            return [list(whole.values())[int(step)]]
         if step not in by_name:
             raise TapError(f"{role}: {path!r}: there is no entry {step!r}, only {', '.join(map(repr, by_name))}")
         return [by_name[step]]

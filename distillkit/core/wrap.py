@@ -134,7 +134,7 @@ class DistilledModel(nn.Module):
             self._teacher_sides: dict[str, Side] = {}
             for name, model, its_adapter in self._teacher_models():
                 read = [r for n, d in self._named if self._uses[n] == name for r in readings(d, "teacher")]
-                self._teacher_sides[name] = side = Side(name, model, its_adapter, read)
+                self._teacher_sides[name] = side = Side(name, model, its_adapter, read, teacher=True)
                 undo.callback(side.taps.remove)
             for name, distiller in self._named:
                 prepare(distiller, self._student_side, self._teacher_sides.get(self._uses[name] or ""))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -148,9 +149,7 @@ class QueryLD(Distiller):
         assert student.edges is not None
         wanted, within = self._seen_from(student, teacher)
         layers = [self._rows(edges, wanted, within) for edges in student.edges]
-        return sum((confident_mean(rows, teacher) for rows in layers[1:]), confident_mean(layers[0], teacher)) / len(
-            layers
-        )
+        return confident_mean(torch.stack(layers).mean(0), teacher)
 
     def _seen_from(self, student: QueryDetections, teacher: QueryDetections) -> tuple[Tensor, Tensor]:
         """The teacher's distributions (B, Q, 4, K) as they are from the student's reference boxes; (B, Q, 4) bool."""

@@ -113,7 +113,8 @@ def made(config: str | Path | Mapping[str, Any]) -> nn.Module:
     from mmengine.config import ConfigDict
     from mmengine.registry import MODELS, DefaultScope
 
-    scope = described.get("default_scope") or "mmdet"
+    running = DefaultScope.get_current_instance()
+    scope = described.get("default_scope") or (running.scope_name if running is not None else "mmdet")
     prepare(scope)
     import_module(f"{scope}.models")
     with DefaultScope.overwrite_default_scope(scope):

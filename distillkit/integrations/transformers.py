@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillkit.adapters.transformers import is_transformers
+from distillkit.core.adapter import comes_from
 from distillkit.core.errors import WrapError
 from distillkit.core.result import OUTPUT
 from distillkit.core.wrap import DistilledModel
@@ -132,7 +132,7 @@ class Distilled:
         if getattr(self, "is_fsdp_enabled", False):  # its files hold the wrapper
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
             return
-        if is_transformers(self.model.student):
+        if comes_from(self.model.student, "transformers.modeling_utils"):
             self._load_pretrained(resume_from_checkpoint)
         else:
             with self._as_student():
@@ -144,7 +144,7 @@ class Distilled:
         if getattr(self, "is_fsdp_enabled", False):
             super()._load_best_model()  # type: ignore[misc]
             return
-        if is_transformers(self.model.student):
+        if comes_from(self.model.student, "transformers.modeling_utils"):
             self._load_pretrained(trainer.state.best_model_checkpoint)
         else:
             with self._as_student():

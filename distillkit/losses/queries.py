@@ -53,8 +53,10 @@ def partners(scores: Tensor, boxes: Tensor, other_scores: Tensor, other_boxes: T
     wrong = 1 - scores.float().gather(2, label[:, None].expand(-1, queries, -1))  # (B, Q, M)
     l1, giou = box_distances(boxes.float()[:, :, None], theirs[:, None])
     cost = (COSTS[0] * wrong + COSTS[1] * l1 + COSTS[2] * giou) * confidence[:, None]
-    index = torch.full((len(scores), queries), -1)
-    for image, (costs, other) in enumerate(zip(cost.cpu().numpy(), chosen.cpu(), strict=True)):
+    columns = torch.full((len(scores), queries), -1)
+    # what is not finite is no partner here, and is told of where losses are looked at
+    for image, costs in enumerate(cost.nan_to_num(nan=1e9, posinf=1e9, neginf=1e9).cpu().numpy()):
         mine, column = linear_sum_assignment(costs)
-        index[image, mine] = other[column]
-    return index.to(scores.device)
+        columns[image, mine] = torch.from_numpy(column)
+    columns = columns.to(scores.device)
+    return chosen.gather(1, columns.clamp(min=0)).where(columns >= 0, -1)

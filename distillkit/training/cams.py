@@ -330,16 +330,21 @@ def keys_of(data: Any) -> list[str]:
 def masks_against_truth(folder: Path, data: Any, classes: Sequence[str]) -> np.ndarray | None:
     """Pixels of the folder's masks against those of the set's true ones: int64 (C + 1, C + 1), rows the truth; None
     where the set has no masks. Several processes share the pictures, and all get the sum."""
+    counted = gather_object([_against_truth(folder, data, classes)])  # each says something, for which the others wait
+    return None if any(part is None for part in counted) else np.sum(counted, 0)
+
+
+def _against_truth(folder: Path, data: Any, classes: Sequence[str]) -> np.ndarray | None:
+    """What this process counts of it."""
     total, state, keys = np.zeros((len(classes) + 1,) * 2, np.int64), processes(), keys_of(data)
     for index in range(state.process_index, len(keys), state.num_processes):
-        key = keys[index]
         truth = data[0, index][1].get("mask")
         if truth is None:
             return None
-        with Image.open(mask_file(folder, key)) as picture:
+        with Image.open(mask_file(folder, keys[index])) as picture:
             found = torch.from_numpy(np.array(picture)).long()
         total += confusion_matrix(found, truth, len(classes) + 1).numpy()
-    return np.sum(gather_object([total]), 0)
+    return total
 
 
 class _Part(Dataset[Any]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def build(recipe: WeakRecipe, split: str, augmented: bool) -> Any:
     if split == "train" and labelling is None:  # true masks of what is trained on only judge pseudo masks
         masks = masks if there_are(data, masks, pictures.keys) == len(pictures) else None
     if split != "train":  # and saliency elsewhere is only looked at
-        saliency = saliency if there_are(data, saliency, pictures.keys) else None
+        saliency = saliency if next(files_there(data, saliency, pictures.keys), None) else None
     made = VocLabels(data.root, source, data.classes, data.labels, saliency, masks, data.images, **how)
     if split == "train" and recipe.masks.rule == "saliency":
         _check_saliency(made)
@@ -35,7 +35,13 @@ def build(recipe: WeakRecipe, split: str, augmented: bool) -> Any:
 
 def there_are(data: schema.VocLabelData, folder: str | None, keys: Sequence[str]) -> int:
     """How many of the pictures have a file in a folder."""
-    return 0 if folder is None else sum((Path(data.root) / folder / f"{key}.png").is_file() for key in keys)
+    return sum(1 for _ in files_there(data, folder, keys))
+
+
+def files_there(data: schema.VocLabelData, folder: str | None, keys: Sequence[str]) -> Iterator[Path]:
+    """The pictures' files in a folder."""
+    if folder is not None:
+        yield from (path for key in keys if (path := Path(data.root) / folder / f"{key}.png").is_file())
 
 
 def _check_saliency(pictures: VocLabels) -> None:
