@@ -13,8 +13,9 @@ import argparse
 
 import torch
 
-from benchmarks.machine import heading, table
+from benchmarks.machine import heading
 from benchmarks.seeds import RESULTS
+from distillkit.bench.report import table
 from distillkit.losses.segmentation import IGNORE
 from distillkit.recipe import load
 from distillkit.schema import SegmentationRecipe

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import heading, table
+from benchmarks.machine import heading
+from distillkit.bench.report import table
 from distillkit.data.mask_transforms import MaskResize
 from distillkit.data.weak import VocLabels
 from distillkit.evaluation.classes import normalised

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import heading, table
+from benchmarks.machine import heading
 from benchmarks.seeds import RESULTS, cell
+from distillkit.bench.report import table
 from distillkit.recipe import load, slug, student_of
 from distillkit.schema import WeakRecipe, WeakRow
 from distillkit.training import build, checkpoint

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import heading, table, write
+from benchmarks.machine import heading, write
 from benchmarks.seeds import teacher_cell
 from distillkit.adapters.classifier import TokenClassifier
+from distillkit.bench.report import table
 from distillkit.evaluation.classes import normalised
 from distillkit.recipe import load
 from distillkit.schema import Recipe

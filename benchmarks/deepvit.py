@@ -14,8 +14,9 @@ from statistics import fmean
 
 import torch
 
-from benchmarks.machine import heading, table, write
+from benchmarks.machine import heading, write
 from benchmarks.seeds import cell
+from distillkit.bench.report import table
 from distillkit.evaluation.attention import AttentionSimilarity, adjacent_similarity, attention_maps, plot_similarity
 from distillkit.evaluation.classes import normalised
 from distillkit.recipe import load, slug, student_of

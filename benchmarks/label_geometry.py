@@ -23,7 +23,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from benchmarks.machine import heading, table, write
+from benchmarks.machine import heading, write
+from distillkit.bench.report import table
 from distillkit.data.label_map import LabelMap, pooled
 from distillkit.data.picture_list import list_pictures
 from distillkit.models.backbones import LITE0_WHEEL

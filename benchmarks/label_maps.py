@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.machine import heading, race, table, write
+from benchmarks.machine import heading, write
+from distillkit.bench.report import table
+from distillkit.bench.timing import race
 from distillkit.data.label_store import AnnotatorInfo, LabelInfo, LabelStore, LabelWriter, Preprocessing, decode, encode
 from distillkit.data.picture_list import PictureList, list_pictures
 from distillkit.models.backbones import LITE0_WHEEL

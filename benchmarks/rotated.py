@@ -17,11 +17,13 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from benchmarks import rotated_evaluation
-from benchmarks.machine import heading, peak_bytes, race, table, write
+from benchmarks.machine import heading, peak_bytes, write
+from distillkit.bench.counting import live_bytes
+from distillkit.bench.report import table
+from distillkit.bench.timing import race
 from distillkit.boxes.rotated import corners, from_torchvision, to_torchvision
 from distillkit.boxes.rotated_iou import aligned_rotated_iou, pairwise_rotated_iou
 from distillkit.boxes.rotated_nms import rotated_nms
-from tests.counting import live_bytes
 from tests.rotated_pairs import KINDS, by_shapely, some_pairs
 
 Form = Callable[[], Tensor]

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.machine import peak_bytes, race, table
+from benchmarks.machine import peak_bytes
+from distillkit.bench.report import table
+from distillkit.bench.timing import race
 from distillkit.evaluation.rotated import RULES, rotated_metrics
 from tests.plain_rotated import plain_metrics, random_data
 

@@ -16,7 +16,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from benchmarks.machine import heading, table, write
+from benchmarks.machine import heading, write
+from distillkit.bench.report import table
 from distillkit.boxes.merged import Merged
 from distillkit.boxes.overlap import Overlap, pairwise_overlap
 from distillkit.boxes.regions import Main, Region, Valuable, matched

@@ -27,8 +27,9 @@ from pydantic import BaseModel
 from rich.console import Console
 from torch import nn
 
-from benchmarks.machine import processor, table
 from distillkit import schema
+from distillkit.bench.machine import processor
+from distillkit.bench.report import table
 from distillkit.recipe import load, slug, student_of, taught_by, train_of
 from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint, metrics

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import distillkit.models.classifiers  # noqa: F401  # registers them
-from benchmarks.machine import heading, race, table, write
+from benchmarks.machine import heading, write
+from distillkit.bench.report import table
+from distillkit.bench.timing import race
 
 SIZE = 224
 

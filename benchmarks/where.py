@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import heading, table, write
+from benchmarks.machine import heading, write
 from benchmarks.seeds import RESULTS, cell, teacher_cell
+from distillkit.bench.report import table
 from distillkit.boxes.anchors import grid_points, grid_strides
 from distillkit.boxes.assign import Matched
 from distillkit.boxes.distribution import decode, integral

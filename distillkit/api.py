@@ -12,7 +12,7 @@ from distillkit.adapters import adapter_for
 from distillkit.core.adapter import Adapter
 from distillkit.core.distiller import Distiller
 from distillkit.core.errors import WrapError
-from distillkit.core.teacher import EMATeacher, OnlineTeacher, Teacher
+from distillkit.core.teacher import EMATeacher, OnlineTeacher, Teacher, check_names
 from distillkit.core.wrap import DistilledModel
 
 TeacherLike = nn.Module | Teacher | EMATeacher | OnlineTeacher
@@ -24,6 +24,7 @@ def wrap(
     distillers: Sequence[Distiller] = (),
     criterion: Callable[[Any, Any], Any] | None = None,
     adapter: Adapter | None = None,
+    classes: Sequence[str] | None = None,
 ) -> DistilledModel:
     """Wrap a student so that calling it in train mode returns its losses and those of the distillers.
 
@@ -37,6 +38,8 @@ def wrap(
             (a classifier). The wrapped model is then called with the student's arguments and the targets last.
         adapter: where the student's views are, for models that are not known; and those of a teacher that is not known
             either and has no adapter of its own.
+        classes: the names of the student's classes, in the order of its class logits, where the model does not know
+            them itself: a teacher of other classes, or in another order, is matched by name (``Teacher(classes=)``).
 
     Returns:
         The wrapped model: ``model(images, targets)`` in train mode gives ``Losses``; in eval mode it is the student's
@@ -73,6 +76,7 @@ def wrap(
         criterion=criterion,
         adapter=adapter or adapter_for(student),
         default_teacher=choice[0] if len(choice) == 1 else None,
+        classes=check_names(classes),
     )
 
 

@@ -499,6 +499,82 @@ def label(
                 _say(out, f"top-1 {_percent(there.top1)} %, of what this call labelled, with the folders as classes")
 
 
+@app.command()
+def search(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option("--out", help="Folder of run folders, not the recipe's.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what an earlier search left.")] = False,
+    imports: Imports = None,
+    debug: Debug = False,
+) -> None:
+    """Find the student that a recipe with the key search asks for; a search that was stopped goes on where it was.
+
+    First the space of its cells is learned, then a network is found in it. What it finds, and the recipe that trains
+    it, are in OUTPUT/NAME-search.
+
+    Examples:
+      distillkit search autospace_cifar10
+      distillkit search my.yaml search.nas.madds=300000000 --fresh
+      accelerate launch --num_processes 4 -m distillkit search my.yaml search.nas.evaluator=accelerate
+    """
+    again = _command("search", recipe, overrides, imports, ["--out", str(output)] if output else [])
+    with _plainly(debug, again):
+        loaded = _load(recipe, overrides, imports, output)
+        from distillkit.search.command import search as find
+
+        find(loaded, out, fresh=fresh, command=again)
+
+
+@app.command()
+def bench(
+    suites: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SUITE", help="step, kernels, invariance, syncs, behaviour, accuracy; all unless some are named."
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="What continuous integration runs: less of it, smaller.")] = False,
+    into_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every number, the machine and the versions.")
+    ] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option("--write", metavar="FILE.md", help="Write the tables between the two marks of this file."),
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", help="Of what is timed; 5 with --quick and else 12, unless given.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure distillkit, and the toolkits beside it that are installed, on this machine.
+
+    What is counted (host syncs, bytes, modules that run, graph breaks, behaviour) is checked exactly, what is timed
+    against a budget and 3 times the noise of the machine. Exit code 1 if a check fails. The toolkits come with:
+    pip install "distillkit[bench]"
+
+    Examples:
+      distillkit bench --quick
+      distillkit bench step syncs --json bench.json
+      distillkit bench --write benchmarks/README.md
+    """
+    with _plainly(debug):
+        from distillkit.bench import command
+        from distillkit.bench.report import markdown
+
+        options = [("--quick", quick), ("--rounds", rounds)]
+        said = [word for name, value in options if value for word in ([name] if value is True else [name, str(value)])]
+        again = shlex.join(["distillkit", "bench", *(suites or ()), *said])
+        report = command.bench(suites or (), quick, rounds, again, err, into)
+        command.keep(report, into_json, into)
+        typer.echo(markdown(report))
+        wrong = command.failed(report)
+        for text in wrong:
+            _say(err, f"failed: {text}")
+        if wrong:
+            raise typer.Exit(1)
+
+
 # -- what verbs share -------------------------------------------------------------------------------------------------
 
 

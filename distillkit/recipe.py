@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from distillkit.explain import MISSING, Wrong, nearest, wrong_in
 from distillkit.located import Keys, Mistakes, Node, dump, expanded, merged, override, read, said
 from distillkit.schema import TASKS, Recipe, Row, Train, block, recipe_type
+from distillkit.schema.search import wrong_search
 
 # -- a recipe with the changes of a row -------------------------------------------------------------------------------
 
@@ -167,6 +168,8 @@ FROM_FILES = (
     "voc-masks",
     "coco-semantic",
     "voc-labels",
+    "tsv",
+    "glue",
 )
 
 
@@ -237,6 +240,8 @@ def _wrong_classifying(raw: dict[str, Any]) -> Iterator[Wrong]:
         if mixed and kind in ("token-labeling", "dkd"):
             why = "mixes tokens instead" if kind == "token-labeling" else "needs the one true class of a picture"
             yield ("data", "augment", mixed[0]), f"mixes pictures, and {kind} {why}; leave {mixed[0]} out"
+    if raw.get("search") is not None:
+        yield from wrong_search(raw)
 
 
 def _wrong_segmenting(raw: dict[str, Any]) -> Iterator[Wrong]:
@@ -268,11 +273,22 @@ def _wrong_weakly(raw: dict[str, Any]) -> Iterator[Wrong]:
             yield ("compare", i, "masks"), "is true, and no segmentation model is trained; add the key segment"
 
 
+def _wrong_texts(raw: dict[str, Any]) -> Iterator[Wrong]:
+    learned = not isinstance(_at(raw, "data", "vocabulary"), str)
+    for i, row in _mappings(raw.get("compare")):
+        changed = row.get("data") if isinstance(row.get("data"), dict) else {}
+        if "vocabulary" in changed:
+            yield ("compare", i, "data", "vocabulary"), "is one for all rows, and their teachers; leave it out"
+        if learned and "train" in changed:
+            yield ("compare", i, "data", "train"), "is another text, and the vocabulary is learned from it; give a file"
+
+
 #: what is wrong in recipes of one task alone
 WRONG_IN_TASK = {
     "classification": _wrong_classifying,
     "segmentation": _wrong_segmenting,
     "weak-segmentation": _wrong_weakly,
+    "text": _wrong_texts,
 }
 
 
@@ -322,10 +338,18 @@ def _wrong_rows(raw: dict[str, Any]) -> Iterator[Wrong]:
             yield ("compare", i, "distillers"), f"no distiller is called {missing!r}{nearest(missing, known)}"
 
 
+#: torchvision's names of detectors and segmentation models begin so
+WITH_BACKBONES = ("fcos_", "retinanet_", "fasterrcnn_", "maskrcnn_", "keypointrcnn_", "ssd", "deeplabv3_", "fcn_")
+WITH_BACKBONES += ("lraspp_",)
+
+
 def is_untrained(model: dict[str, Any]) -> bool:
     """Whether a block of a model, as it is written, comes with random weights. Of a custom one that cannot be told."""
     built = model.get("kind") in ("gfl", "rotated-gfl", "rotated-retina", "deeplab", "fanet", "cam")
-    built = built or (model.get("kind") == "timm" and not model.get("pretrained"))
+    # of these pretrained is the backbone's alone
+    of_backbone = model.get("kind") == "torchvision" and str(model.get("model")).startswith(WITH_BACKBONES)
+    built = built or model.get("kind") in ("mmdet", "mmrotate") or of_backbone
+    built = built or (model.get("kind") in ("timm", "torchvision", "transformers") and not model.get("pretrained"))
     return (built or model.get("weights") in ("new-head", "none")) and model.get("checkpoint") is None
 
 

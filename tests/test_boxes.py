@@ -14,10 +14,10 @@ from torch.autograd import gradcheck
 
 from distillkit.boxes.anchors import grid_anchors, grid_points, grid_strides, inside
 from distillkit.boxes.assign import atss
-from distillkit.boxes.distribution import decode, encode, integral, shift_bins
+from distillkit.boxes.distribution import decode, encode, integral, resample
 from distillkit.boxes.iou import aligned_iou, pairwise_iou
 from distillkit.boxes.maps import Maps, Where, where_of
-from distillkit.core.views import ShiftedEdges
+from distillkit.boxes.moved import MovedEdges
 
 GOLDEN = Path(__file__).parent / "golden"
 INTEGRAL = np.load(GOLDEN / "ld_integral_a.npz")
@@ -84,17 +84,17 @@ def test_shifted_bins_move_the_expected_value(offset: float, seed: int) -> None:
     support = torch.tensor([0.0, 1, 2, 3, 4.5, 6, 8, 9, 10]).double()
     logits = random(5, 9, seed=seed)
     logits[:, [0, 1, 2, 6, 7, 8]] = -torch.inf  # so that no mass leaves the support
-    moved = shift_bins(logits, support, offset)
+    moved = resample(logits, support, None, offset)
     torch.testing.assert_close(moved.exp().sum(-1), torch.ones(5).double())
     torch.testing.assert_close(integral(moved, support), integral(logits, support) + offset, rtol=0, atol=1e-9)
 
 
 def test_shifted_bins_split_between_neighbours_and_stop_at_the_ends() -> None:
     logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
-    torch.testing.assert_close(shift_bins(logits, None, 0.5).exp(), torch.tensor([[0.25, 0.375, 0.375]]))
-    torch.testing.assert_close(shift_bins(logits, None, -7.0).exp(), torch.tensor([[1.0, 0.0, 0.0]]))
-    torch.testing.assert_close(shift_bins(logits, None, 0.0), logits)
-    assert shift_bins(logits, None, 2.0).isfinite().all()
+    torch.testing.assert_close(resample(logits, None, None, 0.5).exp(), torch.tensor([[0.25, 0.375, 0.375]]))
+    torch.testing.assert_close(resample(logits, None, None, -7.0).exp(), torch.tensor([[1.0, 0.0, 0.0]]))
+    torch.testing.assert_close(resample(logits, None, None, 0.0), logits)
+    assert resample(logits, None, None, 2.0).isfinite().all()
 
 
 # ---- overlaps
@@ -250,11 +250,11 @@ def test_an_anchor_of_two_objects_goes_to_the_one_it_overlaps_more() -> None:
 def test_moved_distributions_are_moved_once_on_either_path() -> None:
     """Gathered, and dense as on accelerators, where reading all of them has moved them already."""
     logits = torch.randn(2, 4 * 8, 4, 3, generator=torch.Generator().manual_seed(0))
-    moved = ShiftedEdges((logits,), (4, 8), support=None, offset=0.5)
+    moved = MovedEdges.of(Maps((logits,), (4, 8)), torch.arange(8.0), torch.arange(8.0), 0.5)
     where, _ = where_of(torch.ones(2, 12), (12,), ((4, 3),))
     plain = Maps((logits,), (4, 8)).all()
     left_top, right_bottom = plain.split(2, -2)
-    want = torch.cat([shift_bins(left_top, None, 0.5), shift_bins(right_bottom, None, -0.5)], -2)
+    want = torch.cat([resample(left_top, None, None, 0.5), resample(right_bottom, None, None, -0.5)], -2)
     torch.testing.assert_close(moved.all(), want)
     torch.testing.assert_close(moved.at(Where(None)), want.flatten(0, 1))
     torch.testing.assert_close(moved.at(where), want.flatten(0, 1))

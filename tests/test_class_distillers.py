@@ -19,7 +19,7 @@ from distillkit import DIST, DKD, AttentionTransfer, ClassLogits, Distiller, Fea
 from distillkit.core.errors import ViewError
 from distillkit.losses.dkd import decoupled_kl
 from distillkit.losses.relations import angles, pearson, relative_distances
-from tests.counting import Dispatched
+from distillkit.bench.counting import Dispatched
 
 B, C = 6, 5
 AT = {"student_at": "a", "teacher_at": "b"}

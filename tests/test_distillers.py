@@ -21,8 +21,8 @@ from distillkit.distillers.feature_imitation import FeatureImitation, best_apart
 from distillkit.distillers.ld import LD
 from distillkit.distillers.logit_kd import LogitKD
 from distillkit.distillers.self_ld import SelfLD
-from tests.counting import Dispatched
-from tests.ranks import on_two_ranks
+from distillkit.bench.counting import Dispatched
+from distillkit.bench.ranks import on_two_ranks
 
 STRIDES, SIZES, PICTURE = (8, 16, 32), ((8, 10), (4, 5), (2, 3)), (64, 80)
 BOXES = [

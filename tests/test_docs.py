@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DATA = os.environ.get("DISTILLKIT_DATA", "")
 #: pages named after a package that not everyone has installed
-OPTIONAL = ("mmdet", "transformers", "lightning")
+OPTIONAL = ("mmdet", "mmrotate", "transformers", "lightning")
 FENCE = re.compile(r"^```(\w+)(?: (needs-weights))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 

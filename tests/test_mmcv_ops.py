@@ -8,13 +8,16 @@ import subprocess
 import sys
 
 import pytest
+import shapely
 import torch
+import torchvision
 from torch import nn
 from torch.nn.functional import conv2d, grid_sample
 
 from distillkit.boxes.rotated_iou import pairwise_rotated_iou
 from distillkit.integrations import mmcv_ops as ops
 from distillkit.integrations import openmmlab
+from tests.rotated_pairs import KINDS, by_shapely, some_pairs
 
 if importlib.util.find_spec("mmcv") is None or importlib.util.find_spec("mmengine") is None:
     pytest.skip("needs mmcv-lite and mmengine", allow_module_level=True)
@@ -100,6 +103,68 @@ def test_rotated_nms_goes_by_label():
         assert mmcv_ops.nms_rotated(there, scores, 0.2, labels)[1].tolist() == kept
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rotated_overlaps_are_shapelys(kind):
+    """Also those that take gradient, but where mmcv's own search for corners of one box on sides of the other, to 1e-6
+    of a side, loses some of boxes that have been turned by quarters."""
+    a, b = some_pairs(kind, 200, longest=100.0)
+    middle = torch.cat([a[:, :2] - 200, torch.zeros(len(a), 3)], 1)
+    a, b = a - middle, b - middle
+    expected = by_shapely(a.float(), b.float()).float()
+    found = mmcv_ops.box_iou_rotated(a.float(), b.float(), aligned=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    if not kind.startswith("quarter"):
+        found = mmcv_ops.diff_iou_rotated_2d(a[None], b[None])[0]
+        torch.testing.assert_close(found, by_shapely(a, b), rtol=0, atol=1e-4)
+
+
+def test_the_gradient_of_rotated_overlaps():
+    a, b = (boxes[:20] for boxes in some_pairs("any place", 40, longest=50.0))
+    middle = torch.cat([a[:, :2], torch.zeros(len(a), 3)], 1)
+    a, b = (a - middle)[None], (b - middle)[None]
+    assert torch.autograd.gradcheck(lambda x: mmcv_ops.diff_iou_rotated_2d(x, b), a.clone().requires_grad_(), atol=1e-4)
+    apart = a + torch.tensor([1000.0, 0, 0, 0, 0])
+    a.requires_grad_()
+    overlap = mmcv_ops.diff_iou_rotated_2d(a, apart)
+    overlap.sum().backward()
+    assert overlap.eq(0).all()
+    assert a.grad.eq(0).all(), "no corner is shared: nothing, and no NaN"
+
+
+def test_corners_of_a_shared_polygon_are_sorted():
+    """As the docstring of mmcv's sort_indices has it: in turn, the first again, then one that is 0 and not valid."""
+    vertices = torch.zeros(1, 2, 24, 2)
+    vertices[0, 0, [0, 5, 9, 20]] = torch.tensor([[1.0, 1], [-1, -1], [1, -1], [-1, 1]])
+    mask = torch.zeros(1, 2, 24, dtype=torch.bool)
+    mask[0, 0, [0, 5, 9, 20]] = True
+    index = ops.diff_iou_rotated_sort_vertices_forward(vertices, mask, mask.sum(2).int())
+    assert index[0, 0, :5].tolist() == [5, 9, 0, 20, 5]
+    left = [*index[0, 0, 5:].tolist(), *index[0, 1].tolist()]
+    assert all(i >= 8 for i in left)
+    assert not mask[0, 0, index[0, 0, 5:].long()].any()
+
+
+def test_rotated_nms_keeps_what_shapely_says():
+    there, scores = rotated(60, 4), torch.rand(60, generator=torch.Generator().manual_seed(5))
+    first, second = torch.meshgrid(torch.arange(60), torch.arange(60), indexing="ij")
+    overlap = by_shapely(there[first.flatten()], there[second.flatten()]).view(60, 60)
+    kept: list[int] = []
+    for i in scores.argsort(descending=True).tolist():
+        if all(overlap[i, j] <= 0.1 for j in kept):
+            kept.append(i)
+    assert 3 < len(kept) < 40
+    assert mmcv_ops.nms_rotated(there, scores, 0.1)[1].tolist() == kept
+
+
+def test_the_smallest_rectangle_around_points_is_as_small_as_shapelys():
+    """Around three corners there are several of one area."""
+    points = torch.rand(20, 9, 2, generator=torch.Generator().manual_seed(0)) * 50
+    found = shapely.polygons(mmcv_ops.min_area_polygons(points.flatten(1)).view(-1, 4, 2).double().numpy())
+    for rectangle, inside in zip(found, shapely.multipoints(points.double().numpy()), strict=True):
+        assert rectangle.area == pytest.approx(shapely.oriented_envelope(inside).area, rel=1e-5)
+        assert rectangle.buffer(1e-3).covers(inside)
+
+
 @pytest.mark.parametrize("mode", ["iou", "iof"])
 @pytest.mark.parametrize("offset", [0, 1])
 def test_box_overlaps(mode, offset):
@@ -150,6 +215,45 @@ def test_roi_align_of_a_plane_is_the_plane_at_the_bins_middle(aligned, ratio):
     assert torch.autograd.gradcheck(lambda m: mmcv_ops.roi_align(m, rois / 2, 2, 0.25, 2, "avg", aligned), maps)
     with pytest.raises(NotImplementedError, match="pool_mode='max'"):
         mmcv_ops.roi_align(maps, rois, 2, 0.25, 2, "max", aligned)
+
+
+@pytest.mark.parametrize("clockwise", [True, False])
+@pytest.mark.parametrize(("aligned", "ratio"), [(True, 2), (False, 0)])
+def test_rotated_roi_align_of_a_plane_is_the_plane_at_the_bins_middle(aligned, ratio, clockwise):
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(30.0), indexing="ij")
+    maps = torch.stack([2 * x + 3 * y, x - y]).expand(2, -1, -1, -1).clone().double()
+    rois = torch.tensor([[1.0, 60, 44, 40, 24, 0.4], [0, 52, 50, 32, 20, -1.3], [1, 48, 48, 30, 30, 2]]).double()
+    found = mmcv_ops.roi_align_rotated(maps, rois, (3, 4), 0.25, ratio, aligned, clockwise)
+    shares = [(torch.arange(n).double() + 0.5) / n - 0.5 for n in (3, 4)]
+    across, along = torch.meshgrid(*shares, indexing="ij")
+    for roi, bins in zip(rois, found, strict=True):
+        angle = roi[5].item() if clockwise else -roi[5].item()
+        u, v = along * roi[3], across * roi[4]
+        at_x = (roi[1] + u * math.cos(angle) - v * math.sin(angle)) / 4 - 0.5 * aligned
+        at_y = (roi[2] + u * math.sin(angle) + v * math.cos(angle)) / 4 - 0.5 * aligned
+        torch.testing.assert_close(bins, torch.stack([2 * at_x + 3 * at_y, at_x - at_y]))
+
+
+@pytest.mark.parametrize(("aligned", "ratio"), [(True, 2), (True, 0), (False, 3)])
+def test_rotated_roi_align_of_upright_regions_is_torchvisions(aligned, ratio):
+    """At the rim, too, and turned by a quarter on a map that is turned alike."""
+    g = torch.Generator().manual_seed(0)
+    maps = torch.rand(2, 3, 16, 16, generator=g, dtype=torch.float64)
+    middle = torch.tensor([[40.0, 28], [6, 60], [60, 3], [90, 90]])
+    size = torch.tensor([[36.0, 20], [30, 14], [12, 48], [8, 8]])
+    picture = torch.tensor([[0.0], [1], [1], [0]])
+    upright = torch.cat([picture, middle - size / 2, middle + size / 2], 1).double()
+    expected = torchvision.ops.roi_align(maps, upright, (3, 4), 0.25, ratio, aligned)
+    rois = torch.cat([picture, middle, size, torch.zeros(4, 1)], 1).double()
+    torch.testing.assert_close(mmcv_ops.roi_align_rotated(maps, rois, (3, 4), 0.25, ratio, aligned, True), expected)
+    if aligned:  # (x, y) of a map that is turned clockwise is (64 - y, x)
+        turned = torch.cat([picture, 64 - middle[:, 1:], middle[:, :1], size, torch.full((4, 1), math.pi / 2)], 1)
+        found = mmcv_ops.roi_align_rotated(maps.rot90(-1, (2, 3)), turned.double(), (3, 4), 0.25, ratio, aligned, True)
+        torch.testing.assert_close(found[:3], expected[:3], rtol=0, atol=1e-6)
+    leaves = maps.requires_grad_()
+    run = lambda m: mmcv_ops.roi_align_rotated(m, rois + 0.3, (3, 4), 0.25, ratio, aligned, True)  # noqa: E731
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+    assert mmcv_ops.roi_align_rotated(maps, rois[:0], (3, 4), 0.25, ratio, aligned, True).shape == (0, 3, 3, 4)
 
 
 def sampled(maps: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -226,6 +330,8 @@ def test_multi_scale_deformable_attention():
 def test_every_op_is_called_here_through_mmcv():
     assert set(ops.OPS) == {
         "nms", "softnms", "nms_rotated", "bbox_overlaps", "box_iou_rotated", "sigmoid_focal_loss_forward",
+        "diff_iou_rotated_sort_vertices_forward", "min_area_polygons", "roi_align_rotated_forward",
+        "roi_align_rotated_backward",
         "sigmoid_focal_loss_backward", "roi_align_forward", "roi_align_backward", "ms_deform_attn_forward",
         "ms_deform_attn_backward", "deform_conv_forward", "deform_conv_backward_input",
         "deform_conv_backward_parameters", "modulated_deform_conv_forward", "modulated_deform_conv_backward",
@@ -279,8 +385,25 @@ def test_an_opencv_that_does_not_load_is_named(monkeypatch, error, message):
         raise error
 
     monkeypatch.setattr(openmmlab, "import_module", fails)
+    monkeypatch.setattr(openmmlab, "_prepared", set())
     with pytest.raises(ImportError, match=message):
         openmmlab.prepare()
+
+
+def test_a_package_is_looked_at_once_in_a_process(monkeypatch):
+    looked = []
+    monkeypatch.setattr(openmmlab, "_prepared", set())
+    monkeypatch.setattr(openmmlab, "check_opencv", lambda: looked.append("cv2"))
+    for _ in range(3):
+        assert openmmlab.prepare("mmcv")
+    assert looked == ["cv2"]
+    assert openmmlab.prepare("mmcv", "mmengine")
+    assert openmmlab.prepare("mmengine")
+    assert looked == ["cv2", "cv2"]
+    with pytest.raises(ImportError, match="mmrotated is not installed"):
+        openmmlab.prepare("mmrotated")
+    with pytest.raises(ImportError, match="mmrotated is not installed"):
+        openmmlab.prepare("mmrotated")  # what failed is tried again
 
 
 def test_a_package_that_is_missing_is_named():

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import distillkit
-from distillkit import LD, FeatureImitation, LogitKD, Main, Teacher, Valuable
+from distillkit import LD, FeatureImitation, LogitKD, Main, Teacher, Valuable, to_distribution
 from distillkit.adapters import adapter_for
-from distillkit.adapters.mmdet import MMDet, MMDetHead
+from distillkit.adapters.mmdet import REMEMBERED, MMDet, MMDetHead
+from distillkit.bench.counting import Dispatched
 from distillkit.core.errors import AdapterError, ViewError
 from distillkit.core.views import DenseDetections
 from distillkit.data.coco import CocoDetection
@@ -313,6 +314,53 @@ def test_regions_follow_the_detectors_own_anchors():
     assert seen["retina"].classes.anchors == 9
     assert seen["gfl"].edges.shape == (4, 17)
     assert seen["atss"].scores.levels[0].max() < seen["atss"].classes.levels[0].sigmoid().max()
+
+
+def test_scores_are_computed_where_they_are_read():
+    """ATSS multiplies its class probabilities by a centerness: nothing is, unless an anchor is weighed by it."""
+    model = detector("atss").train()
+    classes, boxes, centerness = model(batch(model)[0], mode="tensor")
+    adapter = adapter_for(model)
+    with Dispatched() as ran:
+        view = adapter.view(model, DenseDetections, [*classes, *boxes, *centerness], None)
+    assert not ran.operations
+    expected = torch.cat(
+        [(c.sigmoid() * f.sigmoid()).flatten(2).mT for c, f in zip(classes, centerness, strict=True)], 1
+    )
+    torch.testing.assert_close(view.scores.all(), expected.detach())
+    assert not view.scores.all().requires_grad
+
+
+def test_anchors_are_made_once_for_sizes_and_a_device(monkeypatch):
+    student, teacher = detector("retina"), detector("retina", sure=True)
+    model = distillkit.wrap(student, teacher, [LogitKD(Main()), LogitKD(Valuable())]).train()
+    adapters = (model._adapter, model._teacher_sides["teacher"].adapter)
+    made = []
+    for adapter in adapters:
+        real = adapter.anchors_of.made
+        monkeypatch.setattr(adapter.anchors_of, "made", lambda *a, real=real: (made.append(a), real(*a))[1])
+    large = [(torch.rand(3, 128, 128), *shown[1:]) for shown in pictures()]
+    for shown in (pictures(), pictures(), large, pictures(), large):
+        model(*batch(student, shown), mode="loss")
+    assert len(made) == 2 * len(adapters), "for two sizes each"
+    sizes, anchors = made[0][0], adapters[0].anchors_of
+    assert anchors(sizes, torch.device("meta")).device.type == "meta"
+    assert anchors(sizes, torch.device("cpu")) is anchors(sizes, torch.device("cpu"))
+    for width in range(1, 2 * REMEMBERED):
+        anchors([(1, width)] * 5, torch.device("cpu"))
+    assert len(anchors._made) <= REMEMBERED, "of a set whose pictures all have their own size"
+
+
+def test_ld_on_a_retinanet_that_had_no_distributions():
+    student, teacher = (to_distribution(detector("retina", sure=True, seed=seed)) for seed in (0, 1))
+    model = distillkit.wrap(student, teacher, [LD(Main()), LD(Valuable())]).train()
+    losses = model(*batch(student), mode="loss")
+    losses.total.backward()
+    assert losses["ld_main"] > 0
+    assert losses["ld_valuable"] > 0
+    assert student.bbox_head.retina_reg.logits.weight.grad.abs().sum() > 0
+    assert not model._student_side.unproven
+    assert not model._teacher_sides["teacher"].unproven
 
 
 def test_targets_are_those_of_the_data_samples():

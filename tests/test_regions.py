@@ -14,7 +14,7 @@ from distillkit.boxes.maps import Maps
 from distillkit.boxes.regions import Main, MainAndValuable, Valuable, matched, valuable_weight
 from distillkit.core.views import BoxTargets, DenseDetections
 from distillkit.losses.kl import kl_divergence
-from tests.counting import Dispatched
+from distillkit.bench.counting import Dispatched
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "ld_assign_a.npz")
 STRIDES = (8, 16, 32)

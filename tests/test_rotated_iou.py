@@ -15,7 +15,7 @@ from distillkit.boxes import rotated_iou
 from distillkit.boxes.iou import pairwise_iou
 from distillkit.boxes.rotated import upright
 from distillkit.boxes.rotated_iou import Over, aligned_rotated_iou, pairwise_rotated_iou
-from tests.counting import Dispatched
+from distillkit.bench.counting import Dispatched
 from tests.rotated_pairs import KINDS, by_shapely, some_boxes, some_pairs
 
 

@@ -20,16 +20,18 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 import distillkit
 from distillkit import LD, ClassLogits, FeatureImitation, LogitKD, Main, PixelKD, Teacher, Valuable, to_distribution
-from distillkit.adapters import adapter_for
+from distillkit.adapters import adapter_for, torchvision_dense
 from distillkit.adapters.to_distribution import DistributionLayer
 from distillkit.adapters.torchvision_rcnn import RegionLogits, RegionTeacher
+from distillkit.bench.counting import Dispatched
 from distillkit.boxes.fcos import FCOSMain, FCOSValuable
 from distillkit.boxes.maps import Maps, Where, where_of
 from distillkit.boxes.max_iou import MaxIoUMain, MaxIoUValuable
 from distillkit.core.errors import AdapterError, TapError, ViewError
+from distillkit.core.side import Reading, Side
 from distillkit.core.taps import Place, Taps
+from distillkit.core.views import DenseDetections
 from distillkit.data.scenes import Scenes
-from tests.counting import Dispatched
 
 CLASSES = 11  # the background and ten digits
 SIZE = 64
@@ -341,6 +343,72 @@ def test_a_teachers_second_stage_runs_on_the_students_regions_and_its_first_not_
         wanted, _ = teacher.roi_heads.box_predictor(teacher.roi_heads.box_head(pooled))
     kl = nn.functional.kl_div(view.logits.log_softmax(-1), wanted.softmax(-1), reduction="batchmean")
     torch.testing.assert_close(losses["kd"], kl, rtol=1e-4, atol=1e-6)
+
+
+def test_several_distillers_have_a_second_stage_run_once_in_the_precision_of_the_step():
+    student, teacher = faster(), faster(0.35)
+    distillers = [LogitKD(temperature=1, name="a"), LogitKD(temperature=4, name="b")]
+    model = distillkit.wrap(student, teacher, distillers).train()
+    model(*scene())
+    ran = []
+    for part in ("box_head", "box_predictor"):
+        getattr(teacher.roi_heads, part).register_forward_hook(lambda m, a, out: ran.append(next(tensors_of(out))))
+    losses = model(*scene())
+    assert [out.dtype for out in ran] == [torch.float32] * 2
+    assert losses["a"] > 0
+    assert losses["b"] > 0
+    ran.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*scene()).total.backward()
+    assert [out.dtype for out in ran] == [torch.bfloat16] * 2
+
+
+def tensors_of(out):
+    """Of a module's output."""
+    return iter(out if isinstance(out, tuple) else (out,))
+
+
+@pytest.mark.parametrize(("make", "name"), [(fcos, "_mean_of_both"), (ssd, "_of_objects")])
+def test_scores_are_computed_where_they_are_read_and_nowhere_else(make, name, monkeypatch):
+    """Nothing for a distiller that reads class logits; of the anchors of a region where it is weighed by scores."""
+    rows, real = [], getattr(torchvision_dense, name)
+    monkeypatch.setattr(torchvision_dense, name, lambda *of: (rows.append(of[0].shape), real(*of))[1])
+    student, teacher = make(), make(0.35)
+    for weight, count in (("one", 0), ("score", 1)):
+        distiller = LogitKD(Main(), protocol="sigmoid", anchor_weight=weight)
+        model = distillkit.wrap(student, teacher, [distiller]).train()
+        model(*scene())  # proves both
+        rows.clear()
+        losses = model(*scene())
+        assert losses.total > 0
+        assert len(rows) == count
+        assert all(len(shape) == 2 and 0 < shape[0] < 200 for shape in rows), "the main region's anchors alone"
+        model.unwrap()
+    adapter, caught = adapter_for(student), []
+    side = Side("student", student, adapter, [Reading(DenseDetections, None)])
+    with monkeypatch.context() as patched:
+        patched.setattr(adapter, "dense_view", lambda tensors: caught.append(tensors) or ClassLogits(tensors[0]))
+        side.run(scene(), {}, exit_early=False)
+    with torch.no_grad(), Dispatched() as ran:
+        view = adapter.dense_view(caught[0])
+    assert not [op for op in ran.operations if "sigmoid" in op or "softmax" in op]
+    counts = view.classes.counts
+    chosen = torch.zeros(view.classes.images, sum(counts))
+    chosen[0, [0, 7, counts[0] + 1]] = 1
+    where, _ = where_of(chosen, counts, view.classes.sizes)
+    said = view.classes.all()
+    if name == "_of_objects":
+        expected = torch.cat([torch.zeros_like(said[..., :1]), said.softmax(-1)[..., 1:]], -1)
+    else:
+        expected = (said.sigmoid() * Maps(tuple(caught[0][-len(counts) :]), (1,)).all().sigmoid()).sqrt()
+    scores = view.scores
+    torch.testing.assert_close(scores.all(), expected)
+    torch.testing.assert_close(scores.at(where), expected.flatten(0, 1)[view.classes.positions(where)])
+    torch.testing.assert_close(scores.at(Where(None)), expected.flatten(0, 1))
+    torch.testing.assert_close(scores.largest(), expected.amax(-1).flatten())
+    torch.testing.assert_close(Maps(scores.levels, scores.shape, scores.anchors).all(), expected)
+    torch.testing.assert_close(scores.only([1]).all(), expected[:, counts[0] : counts[0] + counts[1]])
+    assert not scores.all().requires_grad
 
 
 def test_a_copy_of_the_student_teaches_its_regions_nothing():

@@ -5,7 +5,7 @@ import torch
 
 import distillkit
 from distillkit import LD, FeatureImitation, LocalToGlobal, LogitKD, Main, Valuable
-from tests.counting import Dispatched, kept_tensors, live_bytes, modules_run, without_cpu_checks
+from distillkit.bench.counting import Dispatched, kept_tensors, live_bytes, modules_run, without_cpu_checks
 from tests.test_adapters import detector, scene
 from tests.test_local_to_global import Cam, pictures
 from tests.tiny import KL, Net, batch

@@ -16,10 +16,15 @@ def with_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
     return model
 
 
+def own_adapter(model: nn.Module) -> Adapter | None:
+    """The adapter that a model was given, if it was."""
+    return getattr(model, _OWN, None)
+
+
 def adapter_for(model: nn.Module, fallback: Adapter | None = None) -> Adapter:
     """A model's adapter: the one it was given, else its family's where distillkit knows it, else ``fallback``, else the
     one for plain models."""
-    own = getattr(model, _OWN, None)
+    own = own_adapter(model)
     if own is not None:
         return own
     from distillkit.models.cam import CamClassifier
@@ -49,6 +54,10 @@ def adapter_for(model: nn.Module, fallback: Adapter | None = None) -> Adapter:
 
         return rotated_retina(model)
     if comes_from(model, "mmdet.models.detectors."):
+        from distillkit.adapters.mmrotate import is_rotated, mmrotate
+
+        if is_rotated(model):
+            return mmrotate(model)
         from distillkit.adapters.mmdet import mmdet
 
         return mmdet(model)
@@ -61,6 +70,10 @@ def adapter_for(model: nn.Module, fallback: Adapter | None = None) -> Adapter:
         from distillkit.adapters.transformers import transformers_model
 
         return transformers_model(model)
+    if comes_from(model, "ultralytics.nn."):
+        from distillkit.adapters.ultralytics import ultralytics
+
+        return ultralytics(model)
     from distillkit.adapters.segmenter import Segmenter, is_segmenter
 
     if is_segmenter(model):

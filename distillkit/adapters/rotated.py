@@ -35,7 +35,11 @@ class RotatedHead(DistributionHead):
         return targets and replace(targets, boxes=[normalize(boxes, self.convention) for boxes in targets.boxes])
 
     def distances(self, predicted: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """(P, 5), (N, 5) -> (P, N) pixels, of four corners the largest, on one axis."""
-        mine, theirs = corners(predicted), corners(boxes).flatten(1)
-        apart = [torch.cdist(mine.roll(i, 1).flatten(1), theirs, p=float("inf")) for i in range(4)]
-        return torch.stack(apart).amin(0)
+        return corners_apart(predicted, boxes)
+
+
+def corners_apart(predicted: Tensor, boxes: Tensor) -> Tensor:
+    """(P, 5), (N, 5) -> (P, N) pixels, of four corners the largest, on one axis."""
+    mine, theirs = corners(predicted), corners(boxes).flatten(1)
+    apart = [torch.cdist(mine.roll(i, 1).flatten(1), theirs, p=float("inf")) for i in range(4)]
+    return torch.stack(apart).amin(0)

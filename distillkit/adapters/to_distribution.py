@@ -39,12 +39,13 @@ def to_distribution(detector: nn.Module, bins: Sequence[float] | None = None, la
     ``<layer>.bins``.
 
     Args:
-        detector: torchvision's FCOS or RetinaNet, or a subclass; any other with ``layer``. With its trained weights.
+        detector: torchvision's FCOS or RetinaNet, mmdet's RetinaNet or mmrotate's rotated one, or a subclass; any other
+            with ``layer``. With its trained weights.
         bins: the values, increasing and evenly apart, in what the layer regresses: strides of a level in FCOS; the
             deltas of an anchor in RetinaNet. None: -4 to 16 by 1, and -3 to 3 by 1/4.
-        layer: path of the last regression layer of a detector that is not torchvision's: a convolution of which every
-            output channel is an edge's distance (of several anchors a cell, channel ``anchor * 4 + edge``). Its
-            distributions are then read by ``DistributionHead(edges=f"{layer}.logits", bins=bins, ...)``.
+        layer: path of the last regression layer of any other detector: a convolution of which every output channel is
+            an edge's distance (of several anchors a cell, channel ``anchor * 4 + edge``). Its distributions are then
+            read by ``DistributionHead(edges=f"{layer}.logits", bins=bins, ...)``.
 
     FCOS cuts what is below 0 off, so that only the upper end of its bins is a limit, and the lower must be 0 or less.
 
@@ -70,7 +71,7 @@ def to_distribution(detector: nn.Module, bins: Sequence[float] | None = None, la
         raise ValueError(f"layer={path!r}: {type(detector).__name__} has no such module ({error})") from None
     if isinstance(conv, DistributionLayer):
         raise ValueError(f"{path!r} of {type(detector).__name__} is a distribution head already")
-    if not isinstance(conv, nn.Conv2d) or conv.out_channels % 4:
+    if not isinstance(conv, nn.Conv2d) or (known is None and conv.out_channels % 4):
         raise ValueError(
             f"{path!r} of {type(detector).__name__} is no convolution of 4 channels an anchor: {conv}. Name the last "
             "regression layer, layer='path.of.it'"
@@ -179,7 +180,7 @@ class DistributionLayer(nn.Module):
 
 
 def _layer_of(detector: nn.Module) -> tuple[str, Sequence[float], float | None]:
-    """Of torchvision's detectors: path of the last regression layer, bins that fit it, and what is cut off below."""
+    """Of known detectors: path of the last regression layer, bins that fit it, and what is cut off below."""
     if comes_from(detector, "torchvision.models.detection."):
         from torchvision.models.detection import FCOS, RetinaNet
 
@@ -187,9 +188,15 @@ def _layer_of(detector: nn.Module) -> tuple[str, Sequence[float], float | None]:
             return "head.regression_head.bbox_reg", FCOS_BINS, 0.0
         if isinstance(detector, RetinaNet):
             return "head.regression_head.bbox_reg", DELTA_BINS, None
+    if comes_from(detector, "mmdet.models.detectors."):
+        from distillkit.adapters.mmdet import REGRESSION, known_head
+
+        if known_head(getattr(detector, "bbox_head", None)) == "RetinaHead":
+            return REGRESSION, DELTA_BINS, None
     raise ValueError(
         f"{type(detector).__name__}: its last regression layer is not known. Of torchvision's detectors FCOS and "
-        "RetinaNet have one convolution there; for your own, layer='path.of.it' (a convolution of 4 channels an anchor)"
+        "RetinaNet have one convolution there, and so have RetinaNets of mmdet and mmrotate; for your own, "
+        "layer='path.of.it' (a convolution of 4 channels an anchor)"
     )
 
 

@@ -11,6 +11,7 @@ targets is in the pixels of the resized picture, and the proof resizes predictio
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import Any
@@ -63,6 +64,9 @@ class AnchorDetections(DenseDetections):
     shapes: tuple[Any, ...] = ()
     resize: str = ""
 
+    def only(self, keep: Sequence[int]) -> Any:
+        return replace(super().only(keep), numbers=None, shapes=tuple(self.shapes[i] for i in keep))
+
     def match(self, student: DenseDetections) -> Any:
         if isinstance(student, AnchorDetections):
             theirs = dict(zip(student.strides, zip(student.classes.sizes, student.shapes, strict=True), strict=True))
@@ -75,7 +79,7 @@ class AnchorDetections(DenseDetections):
                         "width). torchvision's detectors resize pictures themselves: build both with the same "
                         f"min_size= and max_size= (teacher: {self.resize}; student: {student.resize})"
                     )
-                if theirs[stride][1] != shape:
+                if theirs[stride][1] != shape and not self._is_pooled(student):
                     raise ValueError(
                         f"the anchors of stride {stride} differ: teacher {shape}, student {theirs[stride][1]}; build "
                         "both with the same anchor_generator="
@@ -110,6 +114,9 @@ class TorchvisionDetector(DenseHead):
         anchors: its generator of anchors; anchors_at: the path of it.
     """
 
+    #: label of the data's first class: 1 where 0 is the background
+    first_class = 0
+
     def __init__(self, model: nn.Module, anchors: nn.Module, anchors_at: str):
         super().__init__()
         self.name = type(model).__name__
@@ -135,6 +142,9 @@ class TorchvisionDetector(DenseHead):
         if size is not None:
             return f"a fixed size of {size}"
         return f"min_size={self.transform.min_size}, max_size={self.transform.max_size}"
+
+    def own_size(self, model: nn.Module) -> str | None:
+        return self.resize
 
     def places(self, model: nn.Module, kind: type[View], at: tuple[str, ...] | None) -> tuple[Place, ...]:
         places = self.teacher_places(model, kind, at)
@@ -164,7 +174,7 @@ class TorchvisionDetector(DenseHead):
     def view(self, model: nn.Module, kind: type[View], tensors: list[Any], output: Any) -> View:
         view = super().view(model, kind, tensors, output) if kind is not DenseDetections else self.dense_view(tensors)
         if type(view) is Features and len(view.maps) == len(self.levels):
-            return PyramidFeatures(view.maps, self.resize)
+            return PyramidFeatures(view.maps, resize=self.resize)
         return view
 
     def dense_view(self, tensors: list[Any]) -> DenseDetections:
@@ -210,6 +220,15 @@ class TorchvisionDetector(DenseHead):
         """What x and y of each picture are multiplied by when it is resized to these ``sizes``."""
         pairs = zip(super().sizes(pictures), resized, strict=True)
         return [(w / width, h / height) for (height, width), (h, w) in pairs]
+
+    def call(self, model: nn.Module, pictures: Any, targets: Any = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if targets is None:
+            return (pictures,), {}
+        rows = [{"boxes": t["boxes"], "labels": t["labels"] + self.first_class} for t in targets]
+        return (pictures, rows), {}
+
+    def detections(self, model: nn.Module, output: Any, pictures: Sequence[Tensor]) -> Any:
+        return [{**row, "labels": row["labels"] - self.first_class} for row in predictions_of(output)]
 
     def proof(self, view: View, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         pictures = pictures_of(args, kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distillkit.adapters.to_distribution import DistributionLayer
 from distillkit.adapters.torchvision import AnchorDetections, TorchvisionDetector
 from distillkit.boxes.distribution import integral
-from distillkit.boxes.maps import Maps
+from distillkit.boxes.maps import Computed, Maps
 from distillkit.core.taps import Place
 from distillkit.core.views import BoxTargets, DenseDetections
 
@@ -24,6 +24,7 @@ class OneStage(TorchvisionDetector):
     classes_at, numbers_at = "head.classification_head.cls_logits", "head.regression_head.bbox_reg"
     fires_once_a_level = True  # a layer that all levels share
     centre, octave = 0.0, 0.0
+    unit: ClassVar[Literal["strides", "anchors"]] = "anchors"
 
     def __init__(self, model: nn.Module):
         super().__init__(model, model.anchor_generator, "anchor_generator")  # type: ignore[arg-type]
@@ -50,6 +51,7 @@ class OneStage(TorchvisionDetector):
             centre=self.centre,
             support=bins,
             octave=self.octave,
+            unit=self.unit,
             anchors=self.seen_as(anchors.float()),
             scores=self.scores(classes, tensors),
             numbers=Maps(numbers, (4,), classes.anchors) if edges is None else None,
@@ -96,6 +98,7 @@ class FCOSAdapter(OneStage):
     """Distances in sizes of a level's one anchor, which stand for its stride; a score is sqrt(class * centerness)."""
 
     octave = OCTAVE
+    unit = "strides"
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -113,10 +116,8 @@ class FCOSAdapter(OneStage):
         grown = (anchors[:, 2:] - anchors[:, :2]) * ((self.octave - 1) / 2)
         return torch.cat([anchors[:, :2] - grown, anchors[:, 2:] + grown], 1)
 
-    @torch.no_grad()
     def scores(self, classes: Maps, tensors: list[Any]) -> Maps:
-        levels = zip(classes.levels, tensors[-len(self.levels) :], strict=True)
-        return Maps(tuple((c.sigmoid() * centerness.sigmoid()).sqrt() for c, centerness in levels), classes.shape)
+        return Computed(_mean_of_both, classes, Maps(tuple(tensors[-len(self.levels) :]), (1,)))
 
     def decoded(self, numbers: Tensor, anchors: Tensor) -> Tensor:
         shrunk = (anchors[:, 2:] - anchors[:, :2]) * ((1 - 1 / self.octave) / 2)
@@ -152,15 +153,23 @@ class SSDAdapter(OneStage):
     classes_at, numbers_at = "head.classification_head.module_list.*", "head.regression_head.module_list.*"
     fires_once_a_level = False
     centre = 0.5
+    first_class = 1
 
-    @torch.no_grad()
     def scores(self, classes: Maps, tensors: list[Any]) -> Maps:
-        """0 for the background, which is no object's class."""
-        levels = []
-        for level, anchors in zip(classes.levels, classes.per_cell, strict=True):
-            said = level.unflatten(1, (anchors, -1)).softmax(2)
-            levels.append(torch.cat([torch.zeros_like(said[:, :, :1]), said[:, :, 1:]], 2).flatten(1, 2))
-        return Maps(tuple(levels), classes.shape, classes.anchors)
+        return Computed(_of_objects, classes)
+
+
+@torch.no_grad()
+def _mean_of_both(classes: Tensor, centerness: Tensor) -> Tensor:
+    """FCOS's scores: the geometric mean of its class probabilities and its centerness."""
+    return (classes.sigmoid() * centerness.sigmoid()).sqrt()
+
+
+@torch.no_grad()
+def _of_objects(classes: Tensor) -> Tensor:
+    """SSD's scores: 0 for the background, which is no object's class."""
+    said = classes.softmax(-1)
+    return torch.cat([torch.zeros_like(said[..., :1]), said[..., 1:]], -1)
 
 
 def _one_or_each(numbers: tuple[int, ...]) -> int | tuple[int, ...]:

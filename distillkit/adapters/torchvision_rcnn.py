@@ -7,7 +7,7 @@ are those of the second stage, a row for each region that the student looks at i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,32 +45,51 @@ class RegionTeacher(ClassLogits):
         heads: its second stage.
         maps: what its backbone returned.
         sizes: of each resized picture (height, width).
+        lowered: the dtype of the autocast that its backbone ran under; None: it ran under none.
+        memo: what it said of the regions of a step, for all distillers that read them.
+        classes: which of its class logits, as ``picked``; None: all.
     """
 
     heads: Any
     maps: Mapping[str, Tensor]
     sizes: Sizes
+    lowered: torch.dtype | None = None
+    memo: dict[int, ClassLogits] = field(default_factory=dict)
+    classes: tuple[Tensor, int] | None = None
 
-    @torch.no_grad()
+    def picked(self, columns: Tensor, names: int) -> RegionTeacher:
+        return replace(self, classes=(columns, names), memo={})
+
     def match(self, student: ClassLogits) -> Any:
-        """What it says of the student's regions, which are resized where the two resize pictures differently."""
+        """What it says of the student's regions, which are resized where the two resize pictures differently. Its
+        second stage runs once, under the autocast of its first."""
         if not isinstance(student, RegionLogits):
             raise ValueError(
                 "the teacher has class logits of regions, the student of whole pictures: read a layer of both, "
                 "student_at= and teacher_at="
             )
-        dtype = next(self.heads.parameters()).dtype
+        if id(student) not in self.memo:
+            said = ClassLogits(self._said_of(student))
+            self.memo[id(student)] = said if self.classes is None else said.picked(*self.classes)
+        return self.memo[id(student)].match(student)
+
+    @torch.no_grad()
+    def _said_of(self, student: RegionLogits) -> Tensor:
+        own = next(self.heads.parameters())
         regions = []
         for boxes, (h, w), (height, width) in zip(student.regions, student.sizes, self.sizes, strict=True):
-            regions.append(scaled(boxes.detach().to(dtype), width / w, height / h))
-        maps = {name: m.to(dtype) for name, m in self.maps.items()}
-        pooled = self.heads.box_roi_pool(maps, regions, self.sizes)
-        logits, _ = self.heads.box_predictor(self.heads.box_head(pooled))
-        return ClassLogits(logits).match(student)
+            regions.append(scaled(boxes.detach().to(own.dtype), width / w, height / h))
+        maps = {name: m if self.lowered else m.to(own.dtype) for name, m in self.maps.items()}
+        with torch.autocast(own.device.type, self.lowered, enabled=self.lowered is not None):
+            pooled = self.heads.box_roi_pool(maps, regions, self.sizes)
+            logits, _ = self.heads.box_predictor(self.heads.box_head(pooled))
+        return logits
 
 
 class RCNNAdapter(TorchvisionDetector):
     """Of a teacher runs its backbone, proposal network, or second stage on the student's regions, and no more."""
+
+    first_class = 1
 
     def __init__(self, model: Any):
         super().__init__(model, model.rpn.anchor_generator, "rpn.anchor_generator")
@@ -98,7 +117,9 @@ class RCNNAdapter(TorchvisionDetector):
             return RegionLogits(logits, regions, sizes)
         (images, _), maps = tensors
         maps = {"0": maps} if isinstance(maps, Tensor) else maps
-        return RegionTeacher(torch.empty(0), model.roi_heads, maps, images.image_sizes)
+        device = images.tensors.device.type
+        lowered = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return RegionTeacher(torch.empty(0), model.roi_heads, maps, images.image_sizes, lowered)
 
     def dense_view(self, tensors: list[Any]) -> DenseDetections:
         levels, anchors = tuple(tensors[:-1]), tensors[-1]

@@ -5,16 +5,21 @@ They are called by name, ``model(pixel_values=..., labels=...)``, and compute th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
+from torchvision.ops import clip_boxes_to_image
 
 from distillkit.adapters.segmenter import Segmenter, is_segmenter
 from distillkit.boxes.queries import corners, decode_around
-from distillkit.core.adapter import Adapter
+from distillkit.core.adapter import AS_LOADED, Adapter, Norm
 from distillkit.core.errors import AdapterError, ViewError
+from distillkit.core.pictures import Resize
 from distillkit.core.taps import Place, module_name
 from distillkit.core.views import QueryDetections, View
 
@@ -22,6 +27,14 @@ from distillkit.core.views import QueryDetections, View
 APART, APART_HALF = 1e-3, 2e-2
 #: what a call's targets are called beside names with "label" in them
 POSITIONS = ("start_positions", "end_positions")
+
+
+#: detectors that mask what is padded, and say boxes in shares of what is not; the others' are of the padded picture
+MASKING = ("detr", "conditional_detr", "deformable_detr", "table-transformer", "dab-detr")
+#: detectors whose image processors do not normalise
+UNNORMALISED = ("rt_detr", "rt_detr_v2", "d_fine", "deim", "deimv2")
+#: pictures of a batch are padded to a multiple of this, the coarsest stride of a backbone
+MULTIPLE = 32
 
 
 def transformers_model(model: nn.Module) -> TransformersModel:
@@ -38,7 +51,13 @@ class TransformersModel(Adapter):
 
     Args:
         mean, std: as ``Adapter``; transformers keeps them in its image processors, where a model does not see them.
+
+    Attributes:
+        score, most: what ``detections`` keeps of a picture: boxes with this score at least, and so many.
     """
+
+    score, most = 0.0, 100
+    form = "model(pixel_values=..., labels=...)"
 
     def places(self, model: nn.Module, kind: type[View], at: tuple[str, ...] | None) -> tuple[Place, ...]:
         for path in at or ():
@@ -55,6 +74,23 @@ class TransformersModel(Adapter):
     def view(self, model: nn.Module, kind: type[View], tensors: list[Tensor], output: Any) -> View:
         return _queries(model, output) if kind is QueryDetections else super().view(model, kind, tensors, output)
 
+    def class_names(self, model: nn.Module) -> Sequence[str] | None:
+        """``config.id2label``, unless it only counts: LABEL_0, LABEL_1, ..."""
+        names = getattr(getattr(model, "config", None), "id2label", None) or {}
+        if not names or all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names.values()):
+            return None
+        return [str(names[i]) for i in sorted(names)]
+
+    def with_pictures(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Any], Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``pixel_mask``, where there is one, is resized along."""
+        args, kwargs = super().with_pictures(args, kwargs, change)
+        mask = kwargs.get("pixel_mask")
+        if isinstance(change, Resize) and mask is not None:
+            kwargs = {**kwargs, "pixel_mask": (change(mask[:, None].float())[:, 0] > 0.5).to(mask.dtype)}
+        return args, kwargs
+
     def losses(self, output: Any) -> dict[str, Tensor]:
         if isinstance(output, Mapping):
             loss = output.get("loss")
@@ -62,16 +98,63 @@ class TransformersModel(Adapter):
         return super().losses(output)  # a tuple, of a call with return_dict=False
 
     def targets(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> Any:
-        """The ``labels`` of the call, or what else has "label" in its name, a dict of them where there are several."""
+        """The ``labels`` of the call, or what else has "label" in its name, a dict of them where there are several. Of
+        a text ``labels`` and ``attention_mask``, which tells padding."""
         if given is not None:
             return given
         found = {name: value for name, value in kwargs.items() if _is_target(name)}
+        if kwargs.get("attention_mask") is not None and isinstance(kwargs.get("labels"), Tensor):
+            return {"labels": kwargs["labels"], "attention_mask": kwargs["attention_mask"]}
         if len(found) > 1 and "labels" not in found:
             return found
         return found.get("labels", next(iter(found.values()), None))
 
     def without_targets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, {name: value for name, value in kwargs.items() if not _is_target(name)}
+
+    def call(self, model: nn.Module, pictures: Any, targets: Any = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Of a detector: pictures in one tensor, black below and to the right, and boxes in shares of a picture."""
+        batch, mask, shares = _batch(model, pictures)
+        mean, std = (batch.new_tensor(moment)[:, None, None] for moment in self.detector_norm(model))
+        batch = (batch - mean) / std * mask[:, None]
+        given = {"pixel_values": batch}
+        if "pixel_mask" in inspect.signature(model.forward).parameters:
+            given["pixel_mask"] = mask.long()
+        if targets is None:
+            return (), given
+        labels = [
+            {"class_labels": t["labels"], "boxes": _centred(t["boxes"]) / t["boxes"].new_tensor([w, h, w, h])}
+            for t, (h, w) in zip(targets, shares, strict=True)
+        ]
+        return (), {**given, "labels": labels}
+
+    def detector_norm(self, model: nn.Module) -> Norm:
+        """(mean, std) of a detector's input: as it was told, else as this family's image processors have it."""
+        if self.norm is not None:
+            return self.norm
+        kind = getattr(getattr(model, "config", None), "model_type", "")
+        return AS_LOADED if kind in UNNORMALISED else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+    @torch.no_grad()
+    def detections(self, model: nn.Module, output: Any, pictures: Sequence[Tensor]) -> Any:
+        """The most probable pairs of a query and a class, without suppression; of a model whose classes exclude each
+        other the best class of every query."""
+        view = _queries(model, output)
+        logits = view.logits.float()
+        classes = logits.shape[-1] - view.exclusive
+        said = logits.softmax(-1)[..., :classes] if view.exclusive else logits.sigmoid()
+        if view.exclusive:
+            said = said * (said == said.amax(-1, keepdim=True))
+        found = []
+        _, _, shares = _batch(model, pictures)
+        for probabilities, boxes, (h, w), picture in zip(said, view.boxes.float(), shares, pictures, strict=True):
+            scores, places = probabilities.flatten().topk(min(self.most, probabilities.numel()))
+            kept = (scores >= self.score) & (scores > 0)
+            scores, places = scores[kept], places[kept]
+            of = corners(boxes[places // classes]) * boxes.new_tensor([w, h, w, h])
+            of = clip_boxes_to_image(of, (picture.shape[-2], picture.shape[-1]))
+            found.append({"boxes": of, "scores": scores, "labels": places % classes})
+        return found
 
     def widths(self, model: nn.Module, kind: type[View], at: tuple[str, ...] | None) -> list[int] | None:
         """Attention weights, (B, heads, N, N), have no width that a projection could change."""
@@ -101,6 +184,26 @@ class TransformersModel(Adapter):
 
 class TransformersSegmenter(TransformersModel, Segmenter):
     """SegFormer, and others that are called ``...ForSemanticSegmentation``: ``PixelLogits``."""
+
+
+def _batch(model: nn.Module, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+    """Pictures of a detector in one tensor (B, 3, H, W); where they are (B, H, W) bool; and of each the (height, width)
+    that its boxes are shares of."""
+    sizes = [(p.shape[-2], p.shape[-1]) for p in pictures]
+    height, width = (-(-max(side) // MULTIPLE) * MULTIPLE for side in zip(*sizes, strict=True))
+    batch = pictures[0].new_zeros(len(pictures), 3, height, width)
+    mask = torch.zeros(len(pictures), height, width, dtype=torch.bool, device=batch.device)
+    for i, (picture, (h, w)) in enumerate(zip(pictures, sizes, strict=True)):
+        batch[i, :, :h, :w] = picture
+        mask[i, :h, :w] = True
+    own = getattr(getattr(model, "config", None), "model_type", "") in MASKING
+    return batch, mask, sizes if own else [(height, width)] * len(sizes)
+
+
+def _centred(boxes: Tensor) -> Tensor:
+    """x1, y1, x2, y2 -> cx, cy, w, h."""
+    first, last = boxes.split(2, 1)
+    return torch.cat([(first + last) / 2, last - first], 1)
 
 
 def _is_target(name: str) -> bool:

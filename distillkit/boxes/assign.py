@@ -47,6 +47,17 @@ class Matched:
     iou: Tensor
     assignment: Assignment
 
+    def only(self, keep: Sequence[int], counts: Sequence[int]) -> "Matched":
+        """The anchors of these levels, of which each has so many (``counts``), assigned as among all."""
+
+        def kept(rows: Tensor) -> Tensor:
+            levels = rows.split(list(counts), -1)
+            return torch.cat([levels[i] for i in keep], -1)
+
+        a = self.assignment
+        assignment = Assignment(kept(a.gt_index), kept(a.iou), a.threshold)
+        return Matched(kept(self.anchors.T).T, self.boxes, kept(self.valid), kept(self.iou), assignment)
+
 
 @torch.no_grad()
 def match(anchors: Tensor, counts: Sequence[int], gt: Tensor, size: tuple[int, int], topk: int = 9) -> Matched:

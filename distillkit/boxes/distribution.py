@@ -41,29 +41,36 @@ def encode(points: Tensor, boxes: Tensor, limit: float | None = None) -> Tensor:
     return distances if limit is None else distances.clamp(0, limit)
 
 
-def shift_bins(logits: Tensor, support: Tensor | None, offset: float) -> Tensor:
-    """The same distribution moved by ``offset``: what another reference point would have said.
+def resample(
+    logits: Tensor, support: Tensor | None, to: Tensor | None, offset: float = 0.0, temperature: float = 1.0
+) -> Tensor:
+    """The same distribution over other bins, as another reference point would have said it.
 
-    Each bin's mass moves to its new value and is split linearly between the two bins around it, which keeps the
-    expected value; mass that leaves the support stays in the end bin.
+    Each bin's mass moves to its value plus ``offset`` and is split linearly between the two bins around it there, which
+    keeps the expected value; mass beyond the bins goes to the one at the end. Told in finer bins a distribution stays
+    on those next to its own values; nothing is made up in between.
 
     Args:
         logits: (..., K).
         support: (K,) value of each bin, increasing; 0..K-1 unless given.
+        to: (L,) the values of the new bins, increasing; those of ``support`` unless given.
         offset: in the support's unit.
+        temperature: the distribution is ``softmax(logits / temperature)``. Softened first and moved then, as what a
+            distiller compares is the softened one.
 
     Returns:
-        (..., K) log-probabilities, to be used as logits.
+        (..., L) temperature * log-probabilities: logits to be read at that temperature.
     """
-    p = F.softmax(at_least_float32(logits), -1)
+    p = F.softmax(at_least_float32(logits) / temperature, -1)
     values = _support(support, p)
-    moved = (values + offset).clamp(values[0], values[-1])
-    right = torch.searchsorted(values, moved).clamp(1, len(values) - 1)
-    to_right = (moved - values[right - 1]) / (values[right] - values[right - 1])
-    bins = torch.eye(len(values), device=p.device, dtype=p.dtype)
-    split = bins[right - 1] * (1 - to_right)[:, None] + bins[right] * to_right[:, None]
+    bins = values if to is None else to.to(p)
+    moved = (values + offset).clamp(bins[0], bins[-1])
+    right = torch.searchsorted(bins, moved).clamp(1, len(bins) - 1)
+    to_right = (moved - bins[right - 1]) / (bins[right] - bins[right - 1])
+    one_hot = torch.eye(len(bins), device=p.device, dtype=p.dtype)
+    split = one_hot[right - 1] * (1 - to_right)[:, None] + one_hot[right] * to_right[:, None]
     with torch.autocast(p.device.type, enabled=False):
-        return (p @ split).clamp(min=torch.finfo(p.dtype).tiny).log()
+        return (p @ split).clamp(min=torch.finfo(p.dtype).tiny).log() * temperature
 
 
 def _support(support: Tensor | None, like: Tensor) -> Tensor:

@@ -103,6 +103,10 @@ class FCOSValuable:
 
 def _regions(view: Detections, targets: Truth, radius: float) -> tuple[Tensor, Tensor]:
     """(B, N) of 1 and 0: the main and the valuable region, computed once a step for all distillers."""
+    if view.whole is not None:
+        counts, every = list(view.whole.classes.counts), _regions(view.whole, targets, radius)
+        main, valuable = (torch.cat([rows.split(counts, 1)[i] for i in view.kept], 1) for rows in every)
+        return main, valuable
     maps, strides = view.classes, tuple(view.strides)
     if maps.anchors != 1:
         raise ValueError(

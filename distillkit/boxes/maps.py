@@ -5,7 +5,7 @@ Permuting and joining all of them, to read the few per cent that a loss needs, i
 Here the anchors are gathered first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -64,6 +64,11 @@ class Maps:
         anchors = self.anchors if isinstance(self.anchors, int) else tuple(self.anchors[i] for i in keep)
         return Maps(tuple(self.levels[i] for i in keep), self.shape, anchors)
 
+    def tempered(self, temperature: float) -> "Maps":
+        """The same, read as logits at this temperature; of distributions that are changed on the way the softened ones
+        are."""
+        return self
+
     @property
     def images(self) -> int:
         return self.levels[0].shape[0]
@@ -116,6 +121,108 @@ class Maps:
             b, _, h, w = m.shape
             rows.append(m.view(b, anchors, -1, h, w).permute(0, 3, 4, 1, 2).reshape(b, h * w * anchors, *self.shape))
         return torch.cat(rows, 1)
+
+
+class Picked(Maps):
+    """Some of the C numbers of every anchor, in an order of their own, chosen once the anchors are gathered.
+
+    Args:
+        source: maps (C,).
+        columns: (P,) int64, which of them.
+    """
+
+    source: Maps
+    columns: Tensor
+
+    def __init__(self, source: Maps, columns: Tensor):
+        object.__setattr__(self, "source", source)
+        object.__setattr__(self, "columns", columns)
+        object.__setattr__(self, "shape", (len(columns),))
+        object.__setattr__(self, "anchors", source.anchors)
+
+    @property
+    def levels(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """The maps as they would have been made, copied at each reading."""
+        maps = zip(self.source.levels, self.per_cell, strict=True)
+        return tuple(m.unflatten(1, (a, -1)).index_select(2, self.columns).flatten(1, 2) for m, a in maps)
+
+    @property
+    def images(self) -> int:
+        return self.source.images
+
+    @property
+    def per_cell(self) -> tuple[int, ...]:
+        return self.source.per_cell
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        return self.source.sizes
+
+    def only(self, keep: Sequence[int]) -> "Picked":
+        return Picked(self.source.only(keep), self.columns)
+
+    def at(self, where: Where) -> Tensor:
+        return self.source.at(where).index_select(-1, self.columns)
+
+    def all(self) -> Tensor:
+        return self.source.all().index_select(-1, self.columns)
+
+
+class Computed(Maps):
+    """Numbers of every anchor that are computed from others where they are read, and not before.
+
+    Args:
+        function: (..., C) of each anchor, and (..., n) of each other -> (..., C), row by row.
+        first: the maps (C,) that it takes the shape of.
+        others: what it reads besides, of the same levels and anchors.
+    """
+
+    function: Callable[..., Tensor]
+    of: tuple[Maps, ...]
+
+    def __init__(self, function: Callable[..., Tensor], first: Maps, *others: Maps):
+        object.__setattr__(self, "function", function)
+        object.__setattr__(self, "of", (first, *others))
+        object.__setattr__(self, "shape", first.shape)
+        object.__setattr__(self, "anchors", first.anchors)
+
+    @property
+    def levels(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """The maps as they would have been made, computed at each reading."""
+        return tuple(rows.movedim(-1, 2).flatten(1, 2) for rows in self._rows())
+
+    @property
+    def images(self) -> int:
+        return self.of[0].images
+
+    @property
+    def per_cell(self) -> tuple[int, ...]:
+        return self.of[0].per_cell
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        return self.of[0].sizes
+
+    def only(self, keep: Sequence[int]) -> "Computed":
+        return Computed(self.function, *(maps.only(keep) for maps in self.of))
+
+    def at(self, where: Where) -> Tensor:
+        return self.function(*(maps.at(where) for maps in self.of))
+
+    def largest(self) -> Tensor:
+        rows = [rows.amax(-1).flatten(2).transpose(1, 2).flatten(1) for rows in self._rows()]
+        return torch.cat(rows, 1).flatten()
+
+    def all(self) -> Tensor:
+        return self.function(*(maps.all() for maps in self.of))
+
+    def _rows(self) -> list[Tensor]:
+        """Of each level (B, A, H, W, C), without a copy of the maps."""
+        levels = zip(*(maps.levels for maps in self.of), strict=True)
+        return [
+            self.function(*(m.unflatten(1, (anchors, -1)).movedim(2, -1) for m in maps))
+            for maps, anchors in zip(levels, self.per_cell, strict=True)
+        ]
 
 
 class _Gather(torch.autograd.Function):

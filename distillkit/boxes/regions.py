@@ -46,6 +46,12 @@ class Detections(Protocol):
     def octave(self) -> float: ...
     @property
     def anchors(self) -> Tensor | None: ...
+    @property
+    def whole(self) -> "Detections | None":
+        """The same with all levels, where some were left out: which anchors are whose is decided there."""
+
+    @property
+    def kept(self) -> Sequence[int]: ...
 
 
 class Truth(Protocol):
@@ -225,6 +231,9 @@ def matched(view: Detections, targets: Truth, topk: int = 9, overlap: Overlap = 
         ValueError: several anchors a cell without ``view.anchors``, ``view.anchors`` of another number than the maps',
             or other pictures than the targets'.
     """
+    if view.whole is not None:
+        every = matched(view.whole, targets, topk, overlap)
+        return [m.only(view.kept, view.whole.classes.counts) for m in every]
     maps, strides = view.classes, tuple(view.strides)
     if maps.images != len(targets.boxes):
         raise ValueError(f"the head saw {maps.images} pictures, the targets describe {len(targets.boxes)}")

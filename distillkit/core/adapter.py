@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,9 @@ class Adapter:
         mean, std: what the model's input is normalised with, where the loop normalises it (timm models know theirs).
     """
 
+    #: how a detector is called: those of one form take each other's batches
+    form = "model(images, targets)"
+
     def __init__(self, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None):
         self.norm: Norm | None = (tuple(mean), tuple(std)) if mean is not None and std is not None else None
 
@@ -35,6 +38,38 @@ class Adapter:
         """The order of its input's channels, where a family has models of both; a teacher of the other order gets the
         student's pictures with their channels turned round. None: not known, and taken as equal."""
         return None
+
+    def class_names(self, model: nn.Module) -> Sequence[str] | None:
+        """The names of its classes, one a column of its class logits, where the model holds them itself; None: unknown.
+        Columns that are no class may be called "N/A", a background's "__background__"."""
+        return None
+
+    def pictures(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The pictures of the student's call."""
+        found: list[Any] = []
+
+        def look(pictures: Any) -> Any:
+            found.append(pictures)
+            return pictures
+
+        self.with_pictures(args, kwargs, look)
+        return found[0]
+
+    def own_size(self, model: nn.Module) -> str | None:
+        """To what a model resizes pictures by itself, in words; None: it does not."""
+        return None
+
+    def with_pictures(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Any], Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The student's call with its pictures changed for a teacher, which are its first argument.
+
+        change: of a batch (B, C, H, W) or a list of pictures (C, H, W).
+        """
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        key = input_name(kwargs)
+        return args, {**kwargs, key: change(kwargs[key])}
 
     def places(self, model: nn.Module, kind: type[View], at: tuple[str, ...] | None) -> tuple[Place, ...]:
         """Where a view is tapped; (): it is read from what the model returns.
@@ -76,8 +111,8 @@ class Adapter:
                 "classes: pass adapter=distillkit.adapters.cam.CamAdapter(path, background=...)"
             )
         if kind is ActivationMaps:
-            return activation_maps_in(tensors[0], _logits(output, type(model).__name__))
-        return ClassLogits(tensors[0] if tensors else _logits(output, type(model).__name__))
+            return activation_maps_in(tensors[0], logits_in(output, type(model).__name__))
+        return ClassLogits(tensors[0] if tensors else logits_in(output, type(model).__name__))
 
     def losses(self, output: Any) -> dict[str, Tensor]:
         """The task losses that the student computed by itself; {} where it computes none.
@@ -96,6 +131,10 @@ class Adapter:
         if isinstance(output, Mapping):
             return _losses(output)
         return self.losses(output[0]) if isinstance(output, tuple | list) and output else {}
+
+    def task_losses(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """``losses`` of a call; a family whose losses grow with the batch divides them by it."""
+        return self.losses(output)
 
     def targets(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> Any:
         """What the distillers get as targets.
@@ -123,6 +162,21 @@ class Adapter:
         widths = [_width(modules[name], path) if (name := module_name(path)) in modules else None for path in at]
         known = [w for w in widths if w is not None]
         return known if len(known) == len(at) else None
+
+    def call(self, model: nn.Module, pictures: Any, targets: Any = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A batch as distillkit's data give it, as this family is called: (args, kwargs).
+
+        Args:
+            pictures: of a detector a list of float32 (3, h, w) in 0..1 on its device, which may differ in size.
+            targets: of a training step, one dict of boxes (k, 4) or (k, 5) in pixels of its picture and labels (k,) a
+                picture; None: what the model predicts is asked.
+        """
+        return ((pictures,), {}) if targets is None else ((pictures, targets), {})
+
+    def detections(self, model: nn.Module, output: Any, pictures: Sequence[Tensor]) -> Any:
+        """What a detector predicted for ``call(model, pictures)``, in eval mode: one dict a picture of boxes in its
+        pixels, scores (k,) and labels (k,), those of the data."""
+        return output
 
     def proof(self, view: View, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Check that ``view`` explains the model's own prediction ``output`` for the same call.
@@ -183,7 +237,11 @@ def input_name(kwargs: Mapping[str, Any]) -> str:
     return next(name for name in kwargs if name not in TARGETS)
 
 
-def _logits(output: Any, model: str) -> Tensor:
+def logits_in(output: Any, model: str) -> Tensor:
+    """Class logits (B, C) of a classifier's output: a tensor, a mapping's or an object's "logits", the first of a tuple.
+
+    Raises ViewError, which names the ``model``, where there are none.
+    """
     if isinstance(output, Mapping):
         output = output.get("logits")
     elif not isinstance(output, Tensor):

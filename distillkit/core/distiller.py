@@ -32,6 +32,10 @@ class Distiller(nn.Module):
     teacher_at: str | list[str] | None = None
     #: it learns from what comes with the targets (label maps): it has no teacher, and gets None for its view
     taught_by_targets: bool = False
+    #: it compares classes: those that a teacher names otherwise are matched, or refused (a view without any is neither)
+    reads_classes: bool = True
+    #: it reads labels, places in the student's list of classes: the view of the student must hold all of them
+    reads_labels: ClassVar[bool] = False
     #: its loss holds the student's own task: ``wrap`` asks for no criterion
     is_task: bool = False
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from distillkit.core.adapter import AS_LOADED, Adapter, Norm, said_by
 from distillkit.core.errors import TeacherModeError, WrapError
+from distillkit.core.pictures import Renormalise, Resize
 
 log = logging.getLogger("distillkit")
 
@@ -32,7 +33,21 @@ class Teacher:
         mean, std: what its input is normalised with, where it is not known from the model (timm models know theirs).
             If the student's differ, the batch is re-normalised for the teacher.
         feed: what it is fed, a function of the student's call ``(args, kwargs) -> (args, kwargs)``; the same batch
-            unless given.
+            unless given. Pictures were re-normalised and resized before.
+        classes: the names of its classes, one a column of its class logits in their order, where the model does not
+            know them itself; its columns are then put into the order of the student's (``wrap(..., classes=)``), and
+            those of other classes left out. A softmax is then that over the classes that are left: what the teacher
+            says given that it is one of these.
+        missing: what to do about classes of the student that the teacher lacks: ``error``, or ``ignore``: distillers
+            that read classes leave them out on both sides.
+        levels: of dense detectors: ``all``, each level of the student needs a partner; ``shared``: distillers act on
+            the levels that both have.
+        scale: it sees the student's pictures with sides so many times as long. Levels of a detector are then matched
+            by their strides over this, feature maps and pixel logits by position.
+        size: instead, (height, width) of what it sees.
+
+    Raises:
+        WrapError: unknown words; classes that are no list of names; scale and size, or one that is not above 0.
     """
 
     def __init__(
@@ -44,7 +59,22 @@ class Teacher:
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         feed: Feed | None = None,
+        classes: Sequence[str] | None = None,
+        missing: Literal["error", "ignore"] = "error",
+        levels: Literal["all", "shared"] = "all",
+        scale: float | None = None,
+        size: tuple[int, int] | None = None,
     ):
+        if missing not in ("error", "ignore"):
+            raise WrapError(f"missing must be 'error' or 'ignore', got {missing!r}")
+        if levels not in ("all", "shared"):
+            raise WrapError(f"levels must be 'all' or 'shared', got {levels!r}")
+        self.classes = check_names(classes)
+        self.missing, self.levels = missing, levels
+        try:
+            self.resize = None if scale is None and size is None else Resize(scale, size)
+        except ValueError as error:
+            raise WrapError(f"Teacher: {error}") from None
         self.original = model if fold_bn else None
         self.model = model.eval()
         self.adapter = adapter
@@ -56,7 +86,7 @@ class Teacher:
         self._folded = fold_batchnorm(self.model) if fold_bn else []
         if dtype is not None:
             self.model.to(dtype)
-        self._modules = list(self.model.modules())
+        self._modules = [module for module in self.model.modules() if not _has_one_mode(module)]
 
     def check_mode(self) -> None:
         """Raises TeacherModeError if any module of the teacher is in train mode."""
@@ -118,6 +148,21 @@ class Teacher:
         if isinstance(value, dict):
             return {k: self.cast(v) for k, v in value.items()}
         return value
+
+
+def _has_one_mode(module: nn.Module) -> bool:
+    """An activation does the same in train mode, and models may share one (all of ultralytics' share their SiLU)."""
+    kind = type(module)
+    return kind.__module__ == "torch.nn.modules.activation" and kind not in (nn.RReLU, nn.MultiheadAttention)
+
+
+def check_names(classes: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Names of classes as a tuple; WrapError for one string, or for what is no string."""
+    if classes is None:
+        return None
+    if isinstance(classes, str) or not classes or not all(isinstance(name, str) for name in classes):
+        raise WrapError(f"classes: expected a list of names, one a class, as in ['cat', 'dog'], got {classes!r}")
+    return tuple(classes)
 
 
 class EMATeacher:
@@ -206,30 +251,6 @@ def fold_batchnorm(model: nn.Module) -> list[tuple[str, str]]:
     if not pairs:
         raise WrapError(f"fold_bn: {type(model).__name__} has no BatchNorm2d right after a Conv2d of the same width")
     return pairs
-
-
-class Renormalise:
-    """Pictures normalised with ``given`` (mean, std), as they would be with ``wanted``.
-
-    Called with a tensor (B, C, H, W) or a list of (C, H, W). ``turned``: the order of channels is turned round, too.
-    """
-
-    def __init__(self, given: Norm, wanted: Norm, turned: bool = False):
-        (m0, s0), (m1, s1) = given, wanted
-        self.turned = turned
-        if turned:
-            m0, s0 = m0[::-1], s0[::-1]
-        self.scale = torch.tensor([a / b for a, b in zip(s0, s1, strict=True)]).view(-1, 1, 1)
-        self.shift = torch.tensor([(a - b) / s for a, b, s in zip(m0, m1, s1, strict=True)]).view(-1, 1, 1)
-
-    def __call__(self, pictures: Any) -> Any:
-        if isinstance(pictures, list | tuple):
-            return type(pictures)(self(p) for p in pictures)
-        if self.turned:
-            pictures = pictures.flip(-3)
-        if self.scale.device != pictures.device:  # once, not a copy to the device in every step
-            self.scale, self.shift = self.scale.to(pictures.device), self.shift.to(pictures.device)
-        return pictures * self.scale + self.shift
 
 
 def renormalisation(

@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from distillkit.core.adapter import Adapter, input_name
+from distillkit.core.adapter import Adapter
+from distillkit.core.alignment import Alignment, Names, alignments
 from distillkit.core.checks import (
     check_alone,
     check_distinct,
@@ -33,6 +34,7 @@ from distillkit.core.checks import (
 )
 from distillkit.core.distiller import Distiller
 from distillkit.core.errors import NonFiniteLossError, StudentModeError, ViewError, WrapError
+from distillkit.core.finite import FirstBad
 from distillkit.core.result import OUTPUT, Losses
 from distillkit.core.side import Reading, Side, prepare, readings
 from distillkit.core.taps import Changes, Taps
@@ -64,6 +66,7 @@ class DistilledModel(nn.Module):
         criterion: Callable[[Any, Any], Any] | None,
         adapter: Adapter,
         default_teacher: str | None,
+        classes: Names | None = None,
     ):
         super().__init__()
         _claim(student)
@@ -86,6 +89,7 @@ class DistilledModel(nn.Module):
             for name, t in normalising.items()
             if (change := renormalisation(adapter, student, name, t)) is not None
         }
+        self._aligned = alignments(student, adapter, self._frozen, classes, distillers, self._uses)
         device = next((p.device for p in student.parameters()), torch.device("cpu"))
         self.student = student
         self.distillers = nn.ModuleDict({key_of(name): d for name, d in self._named})
@@ -112,8 +116,7 @@ class DistilledModel(nn.Module):
         # the step as far as the host knows, compiled ones left out; None: to be read from the device, once
         self._host_step: int | None = None
         self.register_load_state_dict_post_hook(_follow_loaded_step)
-        self._loss_names: tuple[str, ...] = ()
-        self._first_bad: list[Tensor] = []  # one tensor, in a list to stand outside the module tree
+        self._bad = FirstBad(CHECK_EVERY)
         _wrappers[student] = weakref.ref(self)
         sides = (self._student_side, *self._teacher_sides.values())
         hooked: list[Changes | Taps] = [self._changes, *(side.taps for side in sides)]
@@ -128,12 +131,13 @@ class DistilledModel(nn.Module):
             check_lasts([d for _, d in self._named], self.criterion)
             self._changes = Changes(self.student, {path: f for made in changing.values() for path, f in made.items()})
             undo.callback(self._changes.remove)
-            read = [r for _, d in self._named for r in readings(d, "student")]
+            self._readings = {n: (readings(d, "student"), readings(d, "teacher")) for n, d in self._named}
+            read = [r for student, _ in self._readings.values() for r in student]
             self._student_side = Side("student", self.student, self._adapter, read)
             undo.callback(self._student_side.taps.remove)
             self._teacher_sides: dict[str, Side] = {}
             for name, model, its_adapter in self._teacher_models():
-                read = [r for n, d in self._named if self._uses[n] == name for r in readings(d, "teacher")]
+                read = [r for n, (_, its) in self._readings.items() if self._uses[n] == name for r in its]
                 self._teacher_sides[name] = side = Side(name, model, its_adapter, read, teacher=True)
                 undo.callback(side.taps.remove)
             for name, distiller in self._named:
@@ -157,7 +161,8 @@ class DistilledModel(nn.Module):
         self._check_modes()
         if not torch.compiler.is_compiling():
             self._before_a_step(args, kwargs)
-        self._update_averages()
+        if self._decays:
+            self._update_averages()
         losses = self._losses(args, kwargs) if torch.compiler.is_compiling() else self._eager_losses(args, kwargs)
         self._flag({name: loss for name, loss in losses.items() if name != OUTPUT})
         # a new tensor, not an update in place: compiled backward passes recompute weights from the tensor they got
@@ -192,13 +197,14 @@ class DistilledModel(nn.Module):
         with self._changes.on():
             output, views = self._student_side.run(args, kwargs, exit_early=False)
         targets = self._adapter.targets(args, kwargs, given)
-        losses = self._task_losses(output, given, targets)
+        losses = self._task_losses(output, (args, kwargs), given, targets)
         for name, teacher in self._online.items():
             losses[name] = self._online_loss(name, teacher, online, targets)
-        with torch.autocast(self.step.device.type, enabled=False):  # small differences need float32
+        with self._full_precision():  # small differences need float32
+            pairs: dict[Any, tuple[View, View]] = {}  # of views that were aligned, for all that read them
             for name, distiller in self._named:
                 if name in acting:
-                    losses[name] = self._distill(name, distiller, views, taught, targets, call)
+                    losses[name] = self._distill(name, distiller, views, taught, pairs, targets, call)
                 else:
                     losses[name] = self._nothing_from(distiller)
         if not losses:
@@ -209,18 +215,21 @@ class DistilledModel(nn.Module):
 
     def _before_a_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What an eager step checks, the first one above all."""
-        self._tried = True
+        if not self._tried:
+            self._tried = True
         if not self._checked and self._decays:
             refuse_sharded_averages(self)
         if self._host_step is None:
             self._host_step = int(self.step)
-        self._prove_sides(*self._split_targets(args, kwargs)[:2])
+        if self._calls & (self._calls + 1) == 0:  # before call 1, 2, 4, 8, ...
+            self._prove_sides(*self._split_targets(args, kwargs)[:2])
 
     def _after_a_step(self) -> None:
-        self._checked = True
-        self._calls += 1
-        assert self._host_step is not None
-        self._host_step += 1
+        if not self._checked:
+            self._checked = True
+        mine = self.__dict__  # nn.Module's way of setting an attribute costs more than the sum
+        mine["_calls"] += 1
+        mine["_host_step"] += 1
         if self._calls % CHECK_EVERY == 0:
             self.check_finite()
 
@@ -244,10 +253,10 @@ class DistilledModel(nn.Module):
             )
         return args[:-1], kwargs, args[-1]
 
-    def _task_losses(self, output: Any, given: Any, targets: Any) -> dict[str, Tensor]:
+    def _task_losses(self, output: Any, call: tuple[Any, Any], given: Any, targets: Any) -> dict[str, Tensor]:
         """By name. given: the targets that the criterion gets; targets: those of the call, whoever gets them."""
         if self.student_takes_targets:
-            losses = self._adapter.losses(output)
+            losses = self._adapter.task_losses(output, *call)
             if not losses and targets is not None:
                 raise no_task_loss(output)
         elif self.criterion is None:
@@ -263,9 +272,12 @@ class DistilledModel(nn.Module):
         return {name: scalar_loss(name, loss) for name, loss in losses.items()}
 
     def _run_teacher(self, name: str, side: Side, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Reading, View]:
+        resize = self._frozen[name].resize if name in self._frozen else None
+        scale = 1.0 if resize is None else resize.scale_of(self._adapter.pictures(args, kwargs))
         args, kwargs = self._without_targets(side, *self._fed(name, args, kwargs))
         with torch.no_grad(), self._precision(name):
-            return side.run(args, kwargs, exit_early=side.exits_early)[1]
+            views = side.run(args, kwargs, exit_early=side.exits_early)[1]
+        return views if resize is None else {reading: view.at_scale(scale) for reading, view in views.items()}
 
     def _run_online(
         self, name: str, side: Side, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -293,16 +305,25 @@ class DistilledModel(nn.Module):
         teacher = self._frozen.get(name)
         if teacher is None or teacher.dtype is None:
             return nullcontext()
-        return torch.autocast(self.step.device.type, enabled=False)
+        return self._full_precision()
+
+    def _full_precision(self) -> AbstractContextManager[Any]:
+        """Outside of the loop's autocast; nothing where there is none, as entering it costs a tenth of a small step."""
+        device = self.step.device.type
+        if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device):
+            return nullcontext()
+        return torch.autocast(device, enabled=False)
 
     def _fed(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], cast: bool = True
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The student's call as a teacher gets it: re-normalised, cropped, in its dtype, as it asks for."""
+        """The student's call as a teacher gets it: re-normalised, resized, cropped, in its dtype, as it asks for."""
         teacher = self._frozen.get(name)
         if teacher is None:
             return args, kwargs
         args, kwargs = self._renormalised(name, args, kwargs)
+        if teacher.resize is not None:
+            args, kwargs = self._adapter.with_pictures(args, kwargs, teacher.resize)
         if teacher.feed is not None:
             args, kwargs = teacher.feed(args, kwargs)
         return (teacher.cast(args), teacher.cast(kwargs)) if cast else (args, kwargs)
@@ -311,12 +332,7 @@ class DistilledModel(nn.Module):
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         change = self._renormalise.get(name)
-        if change is not None and args:
-            args = (change(args[0]), *args[1:])
-        elif change is not None:
-            key = input_name(kwargs)
-            kwargs = {**kwargs, key: change(kwargs[key])}
-        return args, kwargs
+        return (args, kwargs) if change is None else self._adapter.with_pictures(args, kwargs, change)
 
     def _acting(self) -> set[str]:
         """The distillers whose weight is not 0 from now on; all of them in a compiled step, as the host then does not
@@ -332,17 +348,24 @@ class DistilledModel(nn.Module):
         distiller: Distiller,
         views: dict[Reading, View],
         taught: dict[str, dict[Reading, View]],
+        pairs: dict[Any, tuple[View, View]],
         targets: Any,
         call: Any,
     ) -> Tensor:
         """The weighted loss of one distiller."""
         check = not (self._checked or torch.compiler.is_compiling())
         uses = self._uses[name]
-        student = [views[r] for r in readings(distiller, "student")]
-        teacher = [taught[uses][r] for r in readings(distiller, "teacher")] if uses is not None else []
-        if check and uses is not None:
-            self._tell_unmatched(uses, student, teacher)
+        of_student, of_teacher = self._readings[name]
+        student = [views[r] for r in of_student]
+        teacher = [taught[uses][r] for r in of_teacher] if uses is not None else []
+        aligned = self._aligned.get(uses or "")
         try:
+            if aligned is not None:
+                keys = [(uses, mine, its, distiller.reads_classes) for mine, its in zip(of_student, of_teacher)]
+                both = aligned.pairs(keys, student, teacher, pairs, self.step.device)
+                student, teacher = [s for s, _ in both], [t for _, t in both]
+            if check and uses is not None:
+                self._tell_unmatched(uses, distiller, aligned, student, teacher)
             teacher = [t.match(s) for t, s in zip(teacher, student, strict=True)] if uses is not None else []
             if isinstance(distiller.reads, tuple):
                 loss = distiller(tuple(student), tuple(teacher) or None, targets)
@@ -360,13 +383,20 @@ class DistilledModel(nn.Module):
             check_reaches(name, loss, distiller, [*tensors_in(call), *self.online.parameters()])
         return distiller.weight.applied(loss, self.step)
 
-    def _tell_unmatched(self, name: str, student: Sequence[View], teacher: Sequence[View]) -> None:
+    def _tell_unmatched(
+        self,
+        name: str,
+        distiller: Distiller,
+        aligned: Alignment | None,
+        student: Sequence[View],
+        teacher: Sequence[View],
+    ) -> None:
         """What of a teacher's views has no partner in the student's: once, though several distillers read them."""
-        for s, t in zip(student, teacher, strict=True):
-            for note in t.unmatched(s):
-                if (name, note) not in self._told:
-                    log.warning("teacher %r: %s", name, note)
-                self._told.add((name, note))
+        notes = aligned.notes(distiller) if aligned is not None else []
+        for note in [*notes, *(note for s, t in zip(student, teacher, strict=True) for note in t.unmatched(s))]:
+            if (name, note) not in self._told:
+                log.warning("teacher %r: %s", name, note)
+            self._told.add((name, note))
 
     def _nothing_from(self, module: nn.Module) -> Tensor:
         """0, hung on the parameters of a distiller or a teacher: DDP waits for a gradient of each. Those that FSDP2
@@ -398,9 +428,6 @@ class DistilledModel(nn.Module):
             for name, teacher in self._frozen.items():
                 fed = self._fed(name, args, kwargs, cast=False)
                 teacher.prove_folding(*self._without_targets(self._teacher_sides[name], *fed))
-        call = self._calls + 1
-        if call & (call - 1):
-            return
         if self._student_side.unproven:
             self._prove(self._student_side, args, kwargs)
         for name, side in self._teacher_sides.items():
@@ -416,28 +443,24 @@ class DistilledModel(nn.Module):
 
     def _flag(self, losses: dict[str, Tensor]) -> None:
         """Remember on the device at which step each loss was first not finite."""
-        values = torch.stack([loss.detach().float() for loss in losses.values()])
-        if self._loss_names != tuple(losses):
-            self.check_finite()  # the flags of the losses until now
-            self._loss_names = tuple(losses)
-        if not self._first_bad:
-            self._first_bad = [torch.full((len(losses),), -1, dtype=torch.int64, device=values.device)]
-        first = self._first_bad[0]
-        self._first_bad = [torch.where((first < 0) & ~values.isfinite(), self.step, first)]
+        if torch.compiler.is_compiling():
+            if not self._bad.fits(losses):
+                self.check_finite()
+            self._bad.see_compiled(losses, self.step)
+            return
+        if self._bad.full or not self._bad.fits(losses):
+            self.check_finite()  # the losses until now
+        self._bad.see(losses)
 
     def check_finite(self) -> None:
-        """Read the device's flags (one host sync).
+        """Look whether a loss was infinite or NaN (waits for the device).
 
         Called by itself every 50 eager steps; a compiled loop calls it where it synchronises anyway.
 
         Raises:
             NonFiniteLossError: names each loss that was infinite or NaN since the last look, and the step it began at.
         """
-        if not self._first_bad:
-            return
-        first = self._first_bad[0].tolist()
-        self._first_bad = []
-        bad = [f"{name!r} since step {step}" for name, step in zip(self._loss_names, first, strict=True) if step >= 0]
+        bad = [f"{name!r} since step {step}" for name, step in self._bad.look(self.step).items()]
         if bad:
             raise NonFiniteLossError(
                 f"not finite: {', '.join(bad)} (steps count from 0). Lower the learning rate or clip gradients; "

@@ -28,13 +28,15 @@ def check_edges(student: DenseDetections, teacher: DenseDetections) -> tuple[Map
     """The edge distributions of both; ValueError unless they can be compared bin by bin."""
     for role, view in (("student", student), ("teacher", teacher)):
         if view.edges is None:
-            raise ValueError(
-                f"the {role} has no edge distributions: name them with the adapter's edges=, make some of a plain "
-                "regressor's numbers (distillkit.to_distribution(detector)), or leave this distiller out"
-            )
+            raise ValueError(f"the {role} {view.without_edges}")
     s, t = student.edges, teacher.edges
     assert s is not None
     assert t is not None
+    if student.unit != teacher.unit or s.anchors != t.anchors:
+        raise ValueError(
+            f"the student's edges are {_told(student)}, the teacher's {_told(teacher)}, and cannot be told as those: "
+            "distil the teacher's classes (LogitKD) or features, or give both the same kind of head"
+        )
     if s.shape[-1] != t.shape[-1]:
         raise ValueError(
             f"the student has {s.shape[-1]} bins an edge, the teacher {t.shape[-1]}; build both heads with "
@@ -48,6 +50,12 @@ def check_edges(student: DenseDetections, teacher: DenseDetections) -> tuple[Map
         _check_support(student.support, teacher.support, s.shape[-1])
     check_grids(student, teacher)
     return s, t
+
+
+def _told(view: DenseDetections) -> str:
+    assert view.edges is not None
+    how = "distances in strides" if view.unit == "strides" else "changes of an anchor box"
+    return f"{how}, of {view.edges.anchors} anchor(s) a cell"
 
 
 @lru_cache(maxsize=8)  # one look at the values, which waits for the device, and not one a step

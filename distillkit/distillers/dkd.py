@@ -43,6 +43,7 @@ class DKD(Distiller):
 
     reads = ClassLogits
     short_name = "dkd"
+    reads_labels = True
 
     def __init__(
         self,

@@ -84,6 +84,7 @@ class FeatureImitation(Distiller):
                 "the release has no whole-map form: leave out convention='release' or choose another region"
             )
         self.reads = Features if region == "whole" else (Features, DenseDetections)
+        self.reads_classes = region == "gi"
         self.region = region
         self.convention = convention
         self.student_at, self.teacher_at = student_at, teacher_at

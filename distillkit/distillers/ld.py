@@ -59,12 +59,13 @@ class LD(Distiller):
 
     Raises:
         ValueError: a temperature below 1; unknown words; a region that is none; ``normalize`` together with
-            ``convention="release"``, which says it already; teacher and student that differ in bins, edges,
-            anchors a cell or level sizes; a head without distributions.
+            ``convention="release"``, which says it already; teacher and student that differ in edges, in how
+            they are told, in anchors a cell or level sizes; a head without distributions.
     """
 
     reads = DenseDetections
     short_name = "ld"
+    reads_classes = False
 
     def __init__(
         self,
@@ -103,6 +104,7 @@ class LD(Distiller):
     def forward(self, student: DenseDetections, teacher: DenseDetections, targets: BoxTargets) -> Tensor:
         mine, theirs = check_edges(student, teacher)
         where, weight = self.region(student, targets, self.anchor_weight, self.dense)  # M anchors and their weights
+        theirs = theirs.tempered(self.temperature)
         rows = kl_divergence(mine.at(where), theirs.at(where), self.temperature, self.bin_reduction)  # (M, E)
         share = getattr(self.region, "share", 1.0)
         if self.convention == "default":

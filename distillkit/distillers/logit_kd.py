@@ -13,7 +13,7 @@ from distillkit.core.distiller import Distiller
 from distillkit.core.schedule import Weight
 from distillkit.core.views import BoxTargets, ClassLogits, DenseDetections
 from distillkit.distillers.dense import check_grids, mean_count, sum_of_level_means
-from distillkit.losses.kl import kl_divergence
+from distillkit.losses.kl import kl_divergence, mean_kl_divergence
 
 
 class LogitKD(Distiller):
@@ -96,6 +96,8 @@ class LogitKD(Distiller):
 
     def _pictures(self, student: ClassLogits, teacher: ClassLogits) -> Tensor:
         self._check_classes(student.logits.shape[-1], teacher.logits.shape[-1])
+        if self.protocol == "softmax":
+            return mean_kl_divergence(student.logits, teacher.logits, self.temperature)
         return self._rows(student.logits, teacher.logits, "sum").mean()
 
     def _anchors(self, student: DenseDetections, teacher: DenseDetections, targets: BoxTargets) -> Tensor:

@@ -59,6 +59,7 @@ class TokenLabeling(Distiller):
     """
 
     reads = TokenLogits
+    reads_labels = True
     short_name = "token_labeling"
     is_task = True
 

@@ -11,7 +11,8 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from distillkit.core.adapter import said_by
+from distillkit.adapters import own_adapter
+from distillkit.core.adapter import logits_in, said_by
 from distillkit.evaluation.predict import Progress, evaluating, in_order
 
 
@@ -58,11 +59,16 @@ def classify_dataset(
     with evaluating(model), torch.inference_mode():
         for items in in_order(dataset, batch, workers):
             pictures = torch.stack([image for image, _ in items]).to(device)
-            logits = model(normalised(model, pictures)).float().cpu()
+            logits = class_logits(model, pictures).float().cpu()
             found += [{"logits": row, "label": target["label"]} for row, (_, target) in zip(logits, items, strict=True)]
             if progress is not None:
                 progress(len(found), len(dataset))
     return found
+
+
+def class_logits(model: nn.Module, pictures: Tensor) -> Tensor:
+    """(B, C) of pictures (B, 3, H, W) in 0..1, wherever in its output the model has them."""
+    return logits_in(model(normalised(model, pictures)), type(model).__name__)
 
 
 def normalised(model: nn.Module, pictures: Tensor) -> Tensor:
@@ -73,8 +79,9 @@ def normalised(model: nn.Module, pictures: Tensor) -> Tensor:
 
 
 def moments(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) of a model's input."""
-    return said_by(model) or (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    """(mean, std) of a model's input: as it says itself, as its own adapter does, else ImageNet's."""
+    given = getattr(own_adapter(model), "norm", None)
+    return said_by(model) or given or (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 def class_metrics(found: Sequence[dict[str, Any]], classes: Sequence[str]) -> ClassificationResult:

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from distillkit.adapters import adapter_for
+from distillkit.core.adapter import Adapter
+
 Progress = Callable[[int, int], None]
 
 
@@ -24,8 +27,8 @@ def predict_dataset(
     """Run a detector over a data set, in its order.
 
     Args:
-        model: called as ``model(images)`` with a list of float32 (3, H, W) in 0..1 on ``device``, where it must be;
-            returns one dict of boxes (k, 4), scores (k,), labels (k,) per image.
+        model: on ``device``; called as its adapter says, as a rule ``model(images)`` with a list of float32 (3, H, W)
+            in 0..1, and returns one dict of boxes (k, 4), scores (k,), labels (k,) per image.
         dataset: ``dataset[(0, index)]`` gives (image, target) with image_id, size and scale, so with a transform for
             evaluation (``Resize``).
         progress: called as (pictures done, pictures in all) after each batch.
@@ -37,15 +40,28 @@ def predict_dataset(
     Raises ValueError where the data set's targets lack scale, or the model returns another number of results.
     """
     predictions: list[dict[str, Any]] = []
+    adapter = adapter_for(model)
     with evaluating(model), torch.inference_mode():
         for items in in_order(dataset, batch, workers):
-            outputs = model([image.to(device) for image, _ in items])
+            outputs = detect(model, [image.to(device) for image, _ in items], adapter)
             if len(outputs) != len(items):
                 raise ValueError(f"the model returned {len(outputs)} results for {len(items)} images")
             predictions += [_prediction(output, target) for output, (_, target) in zip(outputs, items)]
             if progress is not None:
                 progress(len(predictions), len(dataset))
     return predictions
+
+
+def detect(model: nn.Module, images: list[torch.Tensor], adapter: Adapter | None = None) -> list[dict[str, Any]]:
+    """What a detector in eval mode finds in pictures (3, H, W) in 0..1 on its device: a dict of boxes in their pixels,
+    scores and labels for each.
+
+    Args:
+        adapter: how the model is called; None: the one it has.
+    """
+    adapter = adapter or adapter_for(model)
+    args, kwargs = adapter.call(model, images)
+    return adapter.detections(model, model(*args, **kwargs), images)
 
 
 def in_order(dataset: Any, batch: int, workers: int) -> DataLoader:

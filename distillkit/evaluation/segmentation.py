@@ -8,7 +8,7 @@ Boundary IoU: Cheng et al., arXiv:2103.16562.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distillkit.adapters.segmenter import NAMES
 from distillkit.evaluation.classes import normalised
 from distillkit.evaluation.predict import Progress, evaluating, in_order
 from distillkit.losses.segmentation import IGNORE
@@ -268,13 +269,20 @@ def _counted(logits: Tensor, target: dict[str, Any], counts: Counts | None) -> d
 
 def _logits(model: nn.Module, pictures: Tensor) -> Tensor:
     output = model(pictures)
-    logits = output.get("out") if isinstance(output, dict) else output
+    logits = pixel_logits_in(output)
     if not isinstance(logits, Tensor) or logits.dim() != 4 or len(logits) != len(pictures):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
         raise ValueError(
             f"{type(model).__name__}: expected logits ({len(pictures)}, C, H, W) or a dict of them as 'out', got {got}"
         )
     return logits.float()
+
+
+def pixel_logits_in(output: Any) -> Any:
+    """What stands for the logits of every pixel in a model's output, which is these, or a mapping of them."""
+    if not isinstance(output, Mapping):
+        return output
+    return next((output[name] for name in NAMES if name in output), None)
 
 
 def _at_scale(pictures: Tensor, scale: float) -> Tensor:

@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 
 from distillkit.boxes.rotated import upright
 from distillkit.boxes.rotated_nms import rotated_nms
-from distillkit.evaluation.predict import Progress, evaluating
+from distillkit.evaluation.predict import Progress, detect, evaluating
 from distillkit.evaluation.rotated import to_original
 
 #: a box touches a border when it comes as near, and a neighbour has it whole when it is as far inside, in pixels of the
@@ -228,7 +228,7 @@ def _of_windows(
 ) -> list[Found]:
     images = [_read(picture, window, device) for window in windows]
     with torch.inference_mode():
-        outputs = model(images)
+        outputs = detect(model, images)
     if len(outputs) != len(images):
         raise ValueError(f"the model returned {len(outputs)} results for {len(images)} images")
     found = []

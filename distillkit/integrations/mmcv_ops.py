@@ -20,6 +20,7 @@ from torchvision.ops import deform_conv2d
 from torchvision.ops import nms as box_nms
 from torchvision.ops import roi_align as align
 
+from distillkit.boxes.rotated import corners, smallest
 from distillkit.boxes.rotated_iou import aligned_rotated_iou, pairwise_rotated_iou
 from distillkit.boxes.rotated_nms import rotated_nms
 
@@ -104,6 +105,33 @@ def box_iou_rotated(boxes1: Tensor, boxes2: Tensor, ious: Tensor, mode_flag: int
     ious.copy_(measure(boxes1.float(), boxes2.float(), "first" if mode_flag else "union").flatten())
 
 
+def diff_iou_rotated_sort_vertices_forward(vertices: Tensor, mask: Tensor, num_valid: Tensor) -> Tensor:
+    """The corners of the polygon that two boxes share, in order.
+
+    Args:
+        vertices: (B, N, M, 2) from the polygon's middle: 8 corners of the boxes, then where their sides cross.
+        mask: (B, N, M) bool, which of them are the polygon's. Those of the last M - 8 that are not must be 0.
+
+    Returns:
+        (B, N, M + 1) int32 indices: the polygon's by their angle, its first again, and then one that is not the
+        polygon's. The compiled operator returns 9, and leaves out what is more, as corners that coincide count twice.
+    """
+    angle = torch.atan2(vertices[..., 1], vertices[..., 0]).masked_fill(~mask, torch.inf)
+    order = angle.argsort(-1)
+    order = torch.cat([order, order[..., :1]], -1)
+    place = torch.arange(order.shape[-1], device=order.device)
+    count = num_valid[..., None]
+    order = torch.where(place == count, order[..., :1], order)
+    nothing = 8 + mask[..., 8:].int().argmin(-1, keepdim=True)
+    return torch.where((place > count) | (count == 0), nothing, order).int()
+
+
+def min_area_polygons(pointsets: Tensor, polygons: Tensor) -> None:
+    """The smallest rectangle around each set of nine points: (N, 18) x and y in turn -> corners (N, 8)."""
+    for points, polygon in zip(pointsets, polygons, strict=True):
+        polygon.copy_(corners(smallest(points.view(-1, 2))).flatten())
+
+
 # ---- losses
 
 
@@ -186,6 +214,87 @@ def _only_mean(pool_mode: int) -> None:
         raise NotImplementedError(
             f"roi_align with pool_mode='max' is not in distillkit's stand-in for mmcv._ext; 'avg' is. {_REMEDY}"
         )
+
+
+def roi_align_rotated_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+    clockwise: bool,
+) -> None:
+    """rois: (K, 6), picture, cx, cy, w, h and an angle in radians, clockwise in the picture or the other way round."""
+    size = (pooled_height, pooled_width)
+    output.copy_(_align_rotated(input, rois.to(input), size, spatial_scale, sampling_ratio, aligned, clockwise))
+
+
+def roi_align_rotated_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    grad_input: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+    clockwise: bool,
+) -> None:
+    size = (pooled_height, pooled_width)
+
+    def aligned_maps(maps: Tensor) -> Tensor:
+        return _align_rotated(maps, rois.to(maps), size, spatial_scale, sampling_ratio, aligned, clockwise)
+
+    # linear in the maps: their values do not matter
+    grad_input.add_(_gradients(aligned_maps, [torch.zeros_like(grad_input)], grad_output)[0])
+
+
+def _align_rotated(
+    maps: Tensor,
+    rois: Tensor,
+    size: tuple[int, int],
+    scale: float,
+    ratio: int,
+    aligned: bool,
+    clockwise: bool,
+) -> Tensor:
+    """(B, C, H, W), (K, 6) -> (K, C, *size): the mean of ``ratio`` times ``ratio`` samples a bin, as many as a bin has
+    cells where that is 0."""
+    found = maps.new_zeros(len(rois), maps.shape[1], *size)
+    boxes = rois[:, 1:] * rois.new_tensor([scale, scale, scale, scale, 1 if clockwise else -1])
+    if not aligned:  # as it was: no region is smaller than a cell, and cells begin at their middle
+        boxes = torch.cat([boxes[:, :2], boxes[:, 2:4].clamp(min=1), boxes[:, 4:]], 1)
+    bins = boxes[:, 2:4].flip(1) / boxes.new_tensor(size)  # (K, 2) height and width
+    samples = torch.full_like(bins, ratio).long() if ratio > 0 else bins.ceil().long().clamp(min=1)
+    groups = torch.cat([rois[:, :1].long(), samples], 1)
+    for picture, rows, columns in torch.unique(groups, dim=0).tolist():
+        where = (groups == groups.new_tensor([picture, rows, columns])).all(1).nonzero()[:, 0]
+        x, y = _sample_points(boxes[where], (size[0] * rows, size[1] * columns))
+        read = _bilinear(maps[picture], x - 0.5 * aligned, y - 0.5 * aligned)  # (C, k, rows, columns)
+        means = read.unflatten(3, (size[1], columns)).unflatten(2, (size[0], rows)).mean((3, 5))
+        found = found.index_put((where,), means.transpose(0, 1))
+    return found
+
+
+def _sample_points(boxes: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """x and y of the middles of a grid over each box: (k, 5), (rows, columns) -> twice (k, rows, columns)."""
+    shares = [(torch.arange(n, device=boxes.device, dtype=boxes.dtype) + 0.5) / n - 0.5 for n in grid]
+    down, right = torch.meshgrid(*shares, indexing="ij")
+    x, y, w, h, angle = boxes[:, :, None, None].unbind(1)
+    along, across = w * right, h * down
+    return x + along * angle.cos() - across * angle.sin(), y + along * angle.sin() + across * angle.cos()
+
+
+def _bilinear(maps: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """(C, H, W) at cells x, y (k, h, w) -> (C, k, h, w); up to a cell outside as at the rim, 0 further out."""
+    height, width = maps.shape[-2:]
+    inside = (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
+    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1).flatten(0, 1)
+    read = grid_sample(maps[None], grid[None], padding_mode="border", align_corners=False)[0]
+    return read.view(maps.shape[0], *x.shape) * inside
 
 
 def ms_deform_attn_forward(
@@ -360,10 +469,14 @@ OPS: dict[str, Callable[..., Any]] = {
         nms_rotated,
         bbox_overlaps,
         box_iou_rotated,
+        diff_iou_rotated_sort_vertices_forward,
+        min_area_polygons,
         sigmoid_focal_loss_forward,
         sigmoid_focal_loss_backward,
         roi_align_forward,
         roi_align_backward,
+        roi_align_rotated_forward,
+        roi_align_rotated_backward,
         ms_deform_attn_forward,
         ms_deform_attn_backward,
         deform_conv_forward,

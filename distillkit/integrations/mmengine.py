@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ from distillkit.core.teacher import Teacher
 from distillkit.core.wrap import DistilledModel
 from distillkit.integrations import openmmlab
 
-openmmlab.prepare()  # custom_imports come before anything that needs mmdet
+# custom_imports come before anything that needs mmdet
+openmmlab.prepare("mmdet", *(package for package in ("mmrotate",) if find_spec(package)))
 
 from mmengine.model import BaseModel  # noqa: E402
 from mmengine.registry import MODELS  # noqa: E402

@@ -25,9 +25,10 @@ from distillkit.models.weights import explain_mismatch, read_weights
 
 log = logging.getLogger("distillkit")
 
-INSTALL = 'pip install "distillkit[mmdet]"'
 #: the newest mmcv that mmdet 3.3 and mmrotate 1.x say they work with; those after it they refuse when imported
 NEWEST_ACCEPTED = "2.1.0"
+
+_prepared: set[str] = set()
 
 
 def prepare(*packages: str) -> bool:
@@ -36,7 +37,7 @@ def prepare(*packages: str) -> bool:
     A compiled ``mmcv._ext`` (mmcv, onedl-mmcv) that is installed is used. mmcv 2.2 and later, which mmdet 3.3 and
     mmrotate 1.x refuse by their number alone, are let pass. Files that mmengine's Runner wrote load on current torch,
     whose ``torch.load`` refuses their logs: the classes these need are allowed, and no others. Call it before such a
-    package is imported; a second call does nothing.
+    package is imported; a second call for the same package does nothing.
 
     Args:
         packages: what is imported, "mmdet" unless given.
@@ -49,10 +50,12 @@ def prepare(*packages: str) -> bool:
             with the line to type.
     """
     packages = packages or ("mmdet",)
+    if _prepared.issuperset(packages):
+        return isinstance(sys.modules.get("mmcv._ext"), StandIn)
     check_opencv()
     for package in ("mmengine", "mmcv", *packages):
         if find_spec(package) is None:
-            raise ImportError(f"{package} is not installed: {INSTALL}")
+            raise ImportError(f"{package} is not installed: {_install(package)}")
     stands_in = _stand_in()
     _allow_logs_of_runners()
     import mmcv
@@ -63,7 +66,13 @@ def prepare(*packages: str) -> bool:
         with _accepted_version(mmcv):
             for package in missing:
                 import_module(package)
+    _prepared.update(packages)
     return stands_in
+
+
+def _install(package: str) -> str:
+    """The line that brings a package."""
+    return f'pip install "distillkit[{"mmrotate" if package == "mmrotate" else "mmdet"}]"'
 
 
 def check_opencv() -> None:
@@ -71,7 +80,7 @@ def check_opencv() -> None:
     try:
         import_module("cv2")
     except ModuleNotFoundError as error:
-        raise ImportError(f"OpenCV is not installed ({error}): {INSTALL}") from error
+        raise ImportError(f"OpenCV is not installed ({error}): {_install('mmdet')}") from error
     except ImportError as error:
         raise ImportError(
             f"OpenCV lacks a system library: {error}. The build without windows needs none: "
@@ -94,8 +103,11 @@ def build(config: str | Path | Mapping[str, Any], checkpoint: str | Path | None 
         ImportError: see ``prepare``. FileNotFoundError: no such file. ValueError: the weights do not fit the model.
     """
     model = made(config)
-    if checkpoint is not None:
-        return load(model, checkpoint)
+    return load(model, checkpoint) if checkpoint is not None else initialised(model)
+
+
+def initialised(model: nn.Module) -> nn.Module:
+    """A model with its weights initialised as the Runner does it, from ``init_cfg``. Returns the model."""
     with _quiet():
         model.init_weights()  # type: ignore[operator]
     return model
@@ -134,7 +146,7 @@ def read_config(path: str | Path) -> Any:
     if package:
         spec = find_spec(package)
         if spec is None or spec.origin is None:
-            raise ImportError(f"{path}: the package {package} is not installed: {INSTALL}")
+            raise ImportError(f"{path}: the package {package} is not installed: {_install(package)}")
         path = Path(spec.origin).parent / ".mim" / "configs" / inside
     if not Path(path).is_file():
         raise FileNotFoundError(f"config {path} does not exist")

@@ -3,6 +3,7 @@
 VOLO is not here: timm has it.
 """
 
+from distillkit.models import autospace as autospace
 from distillkit.models import deepvit as deepvit
 from distillkit.models import lvvit as lvvit
 from distillkit.models import refiner as refiner

@@ -142,6 +142,28 @@ class SelfLD(_LD):
 Temperature = Annotated[float, Field(ge=1)]
 
 
+class QueryKD(_FromTeacher):
+    """Of detectors with queries (DETR, RT-DETR, D-FINE): the class and the box that the teacher's queries say."""
+
+    kind: Literal["query-kd"]
+    temperature: Temperature = 1.0
+    weight: Weight = WeightSchedule(value=1.0)
+    classes: NotNegative = 1.0
+    """Weight of the classes; 0: boxes alone."""
+    l1: NotNegative = 5.0
+    """Weight of the distance of the boxes, in shares of the picture."""
+    giou: NotNegative = 2.0
+    """Weight of 1 - GIoU."""
+
+
+class QueryLD(_FromTeacher):
+    """Of D-FINE: the teacher's distribution over the place of every edge, in every layer of the decoder."""
+
+    kind: Literal["query-ld"]
+    temperature: Temperature = 5.0
+    weight: Weight = WeightSchedule(value=1.0)
+
+
 class ClassLogitKD(_FromTeacher):
     """The teacher's class probabilities (Hinton et al.)."""
 
@@ -329,7 +351,9 @@ class CustomDistiller(Strict):
     options: dict[str, Any] = {}
 
 
-Distiller = Annotated[LD | LogitKD | FeatureImitation | SelfLD | CustomDistiller, Field(discriminator="kind")]
+Distiller = Annotated[
+    LD | LogitKD | FeatureImitation | SelfLD | QueryKD | QueryLD | CustomDistiller, Field(discriminator="kind")
+]
 ClassDistiller = Annotated[
     TokenLabeling
     | ClassLogitKD

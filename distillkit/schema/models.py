@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
@@ -153,6 +154,146 @@ def _changed(block: BaseModel, name: str) -> bool:
     return getattr(block, name) != type(block).model_fields[name].default
 
 
+PLAIN = re.compile(r"(torchvision://)?[\w.+-]*")
+"""Text in the options of another package's model: a word, or torchvision's weights by name, as OpenMMLab's configs have
+them, and no path, address or expression."""
+
+
+def not_plain(value: Any, at: str = "") -> str | None:
+    """Where in options there is something else than numbers, words, and lists and mappings of them; None: nowhere."""
+    if isinstance(value, dict):
+        return next((bad for key, item in value.items() if (bad := not_plain(item, f"{at}.{key}".strip(".")))), None)
+    if isinstance(value, list):
+        return next((bad for item in value if (bad := not_plain(item, at))), None)
+    return at if isinstance(value, str) and not PLAIN.fullmatch(value) else None
+
+
+def _refuse(block: str, options: dict[str, Any], taken: Mapping[str, str]) -> None:
+    """Raises ValueError for options that other keys stand for, and for text that is more than a word."""
+    if wrong := sorted(taken.keys() & options.keys()):
+        raise ValueError(f"{block}: {wrong[0]} cannot be given here; {taken[wrong[0]]}")
+    if bad := not_plain(options):
+        raise ValueError(
+            f"{block}: {bad}: expected numbers and words, got a text with other characters; paths, addresses and "
+            "expressions have no place in options"
+        )
+
+
+#: options that other keys of a block stand for, and which
+_ELSEWHERE = {
+    "num_classes": "it is that of the data",
+    "weights": "weights come from pretrained or checkpoint",
+    "weights_backbone": "weights come from pretrained or checkpoint",
+    "progress": "it is no part of a model",
+}
+
+
+class _OpenMMLab(Strict):
+    set: dict[str, Any] = {}
+    """Values of the config's model that are others here, by dotted key, as in backbone.depth: 18."""
+    pretrained: bool = False
+    """The backbone starts from the weights that the config names (downloads)."""
+    checkpoint: str | None = None
+    """Weights of the whole detector: safetensors, or a .pth, published or written by a Runner."""
+
+    @model_validator(mode="after")
+    def _data_alone(self) -> Self:
+        """A config of Python is code: only those that are installed with the package are read."""
+        package: str = self.kind  # type: ignore[attr-defined]
+        config: str = self.config  # type: ignore[attr-defined]
+        if config.startswith(f"{package}::"):
+            parts = config.removeprefix(f"{package}::").split("/")
+            if not all(re.fullmatch(r"[\w-][\w.+-]*", part) for part in parts) or not parts[-1].endswith(".py"):
+                raise ValueError(
+                    f"config: expected a path below the configs that come with {package}, as "
+                    f"{package}::folder/name.py; got {config!r}"
+                )
+        elif not config.endswith((".json", ".yaml", ".yml")):
+            raise ValueError(
+                f"config: {config!r} is neither {package}::... nor a .json or .yaml file; a .py file is code, which a "
+                'recipe never runs. Make data of it once: python -c "from mmengine.config import Config; '
+                "Config.fromfile('mine.py').dump('mine.json')\"; or build the model in a package of yours "
+                "(distillkit.register_model) and say kind: custom"
+            )
+        if bad := not_plain(self.set):
+            raise ValueError(f"set: {bad}: expected numbers and words, got a text with other characters")
+        return self
+
+
+class MMDetModel(_OpenMMLab):
+    """A detector of mmdet, by its config, as it comes; pip install "distillkit[mmdet]"."""
+
+    kind: Literal["mmdet"]
+    config: str
+    """One that comes with mmdet, as mmdet::gfl/gfl_r50_fpn_1x_coco.py, or a file of data, .json or .yaml."""
+
+
+class MMRotateModel(_OpenMMLab):
+    """A rotated detector of mmrotate 1.x, by its config, as it comes; pip install "distillkit[mmrotate]"."""
+
+    kind: Literal["mmrotate"]
+    config: str
+    """One that comes with mmrotate, as mmrotate::rotated_retinanet/rotated-retinanet-rbox-le90_r50_fpn_1x_dota.py, or a
+    file of data, .json or .yaml."""
+
+
+class TorchvisionModel(Strict):
+    """A model of torchvision: detectors, classifiers, and deeplabv3, fcn and lraspp for segmentation."""
+
+    kind: Literal["torchvision"]
+    model: str
+    """A name of torchvision's, as fcos_resnet50_fpn, resnet18 or deeplabv3_resnet50."""
+    backbone: str | None = None
+    """Another ResNet of torchvision in place of the resnet50 in the name of a detector with a pyramid, as resnet18."""
+    pretrained: bool = False
+    """Start from torchvision's weights (downloads): of detectors and segmentation models those of the backbone, of
+    classifiers all but the classifier where the number of classes differs."""
+    options: dict[str, Any] = {}
+    """What else torchvision's builder is given, as in trainable_backbone_layers: 5. Detectors resize pictures to
+    data.size unless min_size and max_size are given."""
+    checkpoint: str | None = None
+    """Weights of the whole model."""
+
+    @model_validator(mode="after")
+    def _named_and_plain(self) -> Self:
+        for key in ("model", "backbone"):
+            if (name := getattr(self, key)) is not None and not re.fullmatch(r"\w+", name):
+                raise ValueError(f"{key}: expected a name of torchvision's, got {name!r}")
+        _refuse("options", self.options, _ELSEWHERE)
+        return self
+
+
+class TransformersModel(Strict):
+    """A model of Hugging Face's transformers: image classifiers, DETR and its like, SegFormer and others."""
+
+    kind: Literal["transformers"]
+    model_type: str | None = None
+    """The architecture, as vit, convnext, rt_detr, d_fine, detr or segformer, with random weights."""
+    config: str | None = None
+    """Instead, a config.json or the folder that holds one: that architecture, with random weights."""
+    pretrained: str | None = None
+    """Instead, weights to start from: a folder that save_pretrained wrote, or a name on the hub (downloads); as
+    safetensors alone, and never with code. The classifier's are drawn anew where its classes are others."""
+    labels: Literal["named", "ordered"] = "named"
+    """Of pretrained weights, which classes are the data's. named: those of the same names in the same order. ordered:
+    as many, in the data's order, though the weights may call them otherwise."""
+    options: dict[str, Any] = {}
+    """Keys of the config that are others here, as in hidden_size: 192."""
+    checkpoint: str | None = None
+    """Weights of the whole model, as a run leaves them."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [key for key in ("model_type", "config", "pretrained") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of model_type, config and pretrained; got {' and '.join(given) or 'none'}")
+        if self.model_type is not None and not re.fullmatch(r"[\w.-]+", self.model_type):
+            raise ValueError(f"model_type: expected a word, as rt_detr; got {self.model_type!r}")
+        taken = dict.fromkeys(("num_labels", "id2label", "label2id"), "the classes are those of the data")
+        _refuse("options", self.options, {**taken, "model_type": "it is a key of its own"})
+        return self
+
+
 class CustomModel(Strict):
     """A model that a package registered with `distillkit.register_model`."""
 
@@ -169,6 +310,21 @@ class TeacherExtras(Strict):
     """Fold each BatchNorm into the convolution before it."""
     train: dict[str, Any] | None = None
     """Train this model first. What is not said here is taken from the recipe's `train`; {} = all of it."""
+    classes: Annotated[list[str], Field(min_length=1)] | str | None = None
+    """Names of its classes, in the order of its class logits, where they are not those of the data: a list, or a .txt
+    file with a name a line. They are matched with the data's by name."""
+    missing: Literal["error", "ignore"] = "error"
+    """Classes of the data that it lacks: ignore = distillers that read classes leave them out."""
+    levels: Literal["all", "shared"] = "all"
+    """Of detectors: shared = where the student has levels that it lacks, it teaches on those that both have."""
+    scale: Annotated[float, Field(gt=0)] | None = None
+    """It sees the student's pictures with sides so many times as long."""
+
+    @model_validator(mode="after")
+    def _own_classes_are_not_trained(self) -> Self:
+        if self.classes is not None and self.train is not None:
+            raise ValueError("classes: a teacher that is trained here learns the classes of the data: leave one out")
+        return self
 
 
 class GFLTeacher(GFLModel, TeacherExtras):
@@ -199,15 +355,48 @@ class FANetTeacher(FANetModel, TeacherExtras):
     __doc__ = FANetModel.__doc__
 
 
+class MMDetTeacher(MMDetModel, TeacherExtras):
+    __doc__ = MMDetModel.__doc__
+
+
+class MMRotateTeacher(MMRotateModel, TeacherExtras):
+    __doc__ = MMRotateModel.__doc__
+
+
+class TorchvisionTeacher(TorchvisionModel, TeacherExtras):
+    __doc__ = TorchvisionModel.__doc__
+
+
+class TransformersTeacher(TransformersModel, TeacherExtras):
+    __doc__ = TransformersModel.__doc__
+
+
 class CustomTeacher(CustomModel, TeacherExtras):
     __doc__ = CustomModel.__doc__
 
 
-Model = Annotated[GFLModel | NanoDetModel | CustomModel, Field(discriminator="kind")]
-TeacherModel = Annotated[GFLTeacher | NanoDetTeacher | CustomTeacher, Field(discriminator="kind")]
-RotatedModel = Annotated[RotatedGFLModel | RotatedRetinaModel | CustomModel, Field(discriminator="kind")]
-RotatedTeacherModel = Annotated[RotatedGFLTeacher | RotatedRetinaTeacher | CustomTeacher, Field(discriminator="kind")]
-ClassModel = Annotated[TimmModel | CustomModel, Field(discriminator="kind")]
-ClassTeacherModel = Annotated[TimmTeacher | CustomTeacher, Field(discriminator="kind")]
-MaskModel = Annotated[DeepLabModel | FANetModel | CustomModel, Field(discriminator="kind")]
-MaskTeacherModel = Annotated[DeepLabTeacher | FANetTeacher | CustomTeacher, Field(discriminator="kind")]
+Model = Annotated[
+    GFLModel | NanoDetModel | MMDetModel | TorchvisionModel | TransformersModel | CustomModel,
+    Field(discriminator="kind"),
+]
+TeacherModel = Annotated[
+    GFLTeacher | NanoDetTeacher | MMDetTeacher | TorchvisionTeacher | TransformersTeacher | CustomTeacher,
+    Field(discriminator="kind"),
+]
+RotatedModel = Annotated[
+    RotatedGFLModel | RotatedRetinaModel | MMRotateModel | CustomModel, Field(discriminator="kind")
+]
+RotatedTeacherModel = Annotated[
+    RotatedGFLTeacher | RotatedRetinaTeacher | MMRotateTeacher | CustomTeacher, Field(discriminator="kind")
+]
+ClassModel = Annotated[TimmModel | TorchvisionModel | TransformersModel | CustomModel, Field(discriminator="kind")]
+ClassTeacherModel = Annotated[
+    TimmTeacher | TorchvisionTeacher | TransformersTeacher | CustomTeacher, Field(discriminator="kind")
+]
+MaskModel = Annotated[
+    DeepLabModel | FANetModel | TorchvisionModel | TransformersModel | CustomModel, Field(discriminator="kind")
+]
+MaskTeacherModel = Annotated[
+    DeepLabTeacher | FANetTeacher | TorchvisionTeacher | TransformersTeacher | CustomTeacher,
+    Field(discriminator="kind"),
+]

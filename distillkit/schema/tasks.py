@@ -39,6 +39,10 @@ from distillkit.schema.models import (
     GFLTeacher,
     MaskModel,
     MaskTeacherModel,
+    MMDetModel,
+    MMDetTeacher,
+    MMRotateModel,
+    MMRotateTeacher,
     Model,
     NanoDetModel,
     NanoDetTeacher,
@@ -51,7 +55,13 @@ from distillkit.schema.models import (
     TeacherModel,
     TimmModel,
     TimmTeacher,
+    TorchvisionModel,
+    TorchvisionTeacher,
+    TransformersModel,
+    TransformersTeacher,
 )
+from distillkit.schema.search import Search
+from distillkit.schema.text import EvaluateTexts, GlueData, TextData, TextDistiller, TextModel, TextTeacherModel
 from distillkit.schema.train import Train
 from distillkit.schema.weak import (
     Cam,
@@ -212,6 +222,8 @@ class ClassificationRecipe(_Recipe):
     distillers: list[ClassDistiller] = []
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of the labels, in the cross entropy that a student learns from."""
+    search: Search | None = None
+    """What `distillkit search` does before the student, then `model: autospace`, can be trained."""
     evaluate: EvaluateClasses = EvaluateClasses()
 
 
@@ -272,6 +284,31 @@ class WeakRecipe(_Recipe):
     """Rows of the final table: `student`, `distilled`, or a row with its own settings."""
 
 
+class TextRecipe(_Recipe):
+    """A run for the classification of sentences and pairs of them, or a regression on them."""
+
+    SCORES: ClassVar[tuple[str, ...]] = ("score",)
+
+    task: Literal["text"]
+    data: TextData
+    teacher: TextTeacherModel | None = None
+    teachers: dict[str, TextTeacherModel] = {}
+    """Several teachers by name, instead of `teacher`."""
+    student: TextModel
+    distillers: list[TextDistiller] = []
+    evaluate: EvaluateTexts = EvaluateTexts()
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Those of the task, and their mean where there are several; GLUE's are known behind the schema."""
+        if isinstance(self.data, GlueData):
+            of_task = {"cola": ("matthews",), "stsb": ("pearson", "spearman")}
+            names = of_task.get(self.data.task, ("accuracy", "f1") if self.data.task in ("mrpc", "qqp") else ("accuracy",))
+        else:
+            names = tuple(self.data.metrics)
+        return names if len(names) == 1 else ("score", *names)
+
+
 #: One more task is one more class here.
 TASKS: dict[str, type[_Recipe]] = {
     "detection": DetectionRecipe,
@@ -279,9 +316,10 @@ TASKS: dict[str, type[_Recipe]] = {
     "classification": ClassificationRecipe,
     "segmentation": SegmentationRecipe,
     "weak-segmentation": WeakRecipe,
+    "text": TextRecipe,
 }
 BoxRecipe = DetectionRecipe | RotatedRecipe
-Recipe = BoxRecipe | ClassificationRecipe | SegmentationRecipe | WeakRecipe
+Recipe = BoxRecipe | ClassificationRecipe | SegmentationRecipe | WeakRecipe | TextRecipe
 
 
 def recipe_type(raw: dict[str, Any]) -> type[_Recipe]:
@@ -320,6 +358,10 @@ AnyModel = (
     | DeepLabModel
     | FANetModel
     | CamModel
+    | MMDetModel
+    | MMRotateModel
+    | TorchvisionModel
+    | TransformersModel
     | CustomModel
 )
 AnyTeacher = (
@@ -331,9 +373,13 @@ AnyTeacher = (
     | DeepLabTeacher
     | FANetTeacher
     | CamTeacher
+    | MMDetTeacher
+    | MMRotateTeacher
+    | TorchvisionTeacher
+    | TransformersTeacher
     | CustomTeacher
 )
-AnyDistiller = Distiller | ClassDistiller | MaskDistiller | WeakDistiller
-AnyEvaluate = Evaluate | EvaluateClasses | EvaluateMasks | EvaluateLabels
+AnyDistiller = Distiller | ClassDistiller | MaskDistiller | WeakDistiller | TextDistiller
+AnyEvaluate = Evaluate | EvaluateClasses | EvaluateMasks | EvaluateLabels | EvaluateTexts
 AnyClassData = FolderData | CifarData | TarData | DigitData | CustomClassData
 BoxData = CocoData | VocData | SceneData | DotaData | HrscData | CustomData

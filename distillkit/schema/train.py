@@ -39,6 +39,10 @@ class AdamW(_Optimizer):
     """Adam with decoupled weight decay."""
 
     kind: Literal["adamw"]
+    eps: Positive = 1e-8
+    """Added to the root of the squared gradients' average."""
+    bias_correction: bool = True
+    """The averages of gradients are corrected for their start at 0; false: as in the releases of BERT and ELECTRA."""
 
 
 Optimizer = Annotated[SGD | AdamW, Field(discriminator="kind")]

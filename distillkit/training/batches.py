@@ -11,7 +11,7 @@ from distillkit.training.tasks import task_of
 
 
 def batches(recipe: Recipe, student: nn.Module, classes: int) -> dict[str, Any]:
-    """``collate``, ``prepare`` and ``drop_last`` of a ``Job``, where the recipe's task has its own."""
+    """``collate``, ``prepare``, ``call`` and ``drop_last`` of a ``Job``, where the recipe's task has its own."""
     return {**task_of(recipe).batches(recipe, student, classes), "drop_last": drop_last(recipe)}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distillkit.core.adapter import comes_from
 from distillkit.models.rotated_retina import RotatedRetina, anchors_of
 from distillkit.schema import BoxRecipe
 from distillkit.training.build import Classes
@@ -41,6 +42,13 @@ def exported_detector(recipe: BoxRecipe, student: nn.Module, data: Classes) -> E
 
 def _dense(student: nn.Module, recipe: BoxRecipe) -> tuple[Dense, Tensor]:
     """The dense part, and two seeded pictures of the recipe's size, made up to whole cells of the coarsest level."""
+    for package in ("mmdet", "mmrotate", "torchvision", "transformers", "ultralytics"):
+        if comes_from(student, f"{package}."):
+            raise RunError(
+                f"{type(student).__name__} is {package}'s: torch-export and onnx hold the dense part of distillkit's own "
+                f"detectors alone. Export safetensors, load it into the model that {package} builds, and use that "
+                "package's own way of exporting"
+            )
     missing = [name for name in ("forward_raw", "strides", "bins", "centre", "inference") if not hasattr(student, name)]
     if missing:
         raise RunError(

@@ -16,6 +16,7 @@ from distillkit.boxes.rotated import corners, upright
 from distillkit.data.large import open_windows, overview
 from distillkit.data.transforms import Resize, sample_of
 from distillkit.evaluation.draw import draw_boxes
+from distillkit.evaluation.predict import detect
 from distillkit.evaluation.rotated import to_original
 from distillkit.evaluation.submission import check_writable, write_submission
 from distillkit.evaluation.whole import predict_whole
@@ -96,7 +97,7 @@ def _found(recipe: BoxRecipe, model: nn.Module, path: Path, progress: NamedProgr
     picture = read_picture(path)
     image, target = _prepared(picture, build.build_resize(recipe.data))
     with torch.inference_mode():
-        (output,) = model([image.to(processes().device)])
+        (output,) = detect(model, [image.to(processes().device)])
     boxes, scores, labels = (output[key].cpu() for key in ("boxes", "scores", "labels"))
     scale = torch.tensor(target["scale"])
     if boxes.shape[1] == 5:

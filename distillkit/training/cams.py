@@ -108,7 +108,7 @@ def cam(
     else:
         data = build.build_data(recipe, split, augmented=False)
         classes, source = data.classes, source_of_split(recipe, split)
-    model = named_model(recipe, name, len(classes))
+    model = named_model(recipe, name, classes)
     how = recipe.cam, masks, source, maps, overlays, recipe.data.workers, progress
     with alone_in(folder) if processes().is_main_process else nullcontext():
         made = write_cams(model, data, classes, folder, *how)

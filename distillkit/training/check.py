@@ -21,7 +21,7 @@ from distillkit.training import build, checkpoint
 from distillkit.training.batches import batches, drop_last
 from distillkit.training.errors import RunError
 from distillkit.training.evaluate import Share, check_submission
-from distillkit.training.loop import check_settings
+from distillkit.training.loop import as_they_are, check_settings
 from distillkit.training.possible import (
     Planned,
     check_optimizer,
@@ -172,17 +172,19 @@ def _together(recipe: Recipe, data: Mapping[str, build.DetectionData]) -> Iterat
 
 
 def _models(recipe: Recipe, data: Mapping[str, build.DetectionData]) -> Iterator[Finding]:
-    classes = len(data["train"].classes)
+    names = data["train"].classes
     trained = {step.where for step in planned(recipe)}
     teachers: dict[str, nn.Module] = {}
     for name, config in build.teacher_configs(recipe).items():
         where = teacher_place(name)
         try:
-            check_teacher(where, config, classes)
-            teachers[name] = build.build_model(config, classes, recipe.evaluate)
+            check_teacher(where, config, names)
+            teachers[name] = build.build_model(config, names, recipe.evaluate, recipe.data.size)
             if where not in trained:
-                _score(recipe, teachers[name], data)
-                yield Finding("ok", where, _described(teachers[name]))
+                if build.own_classes(config) in (None, names):
+                    _score(recipe, teachers[name], data)
+                said = build.said_of_classes(config, len(names))
+                yield Finding("ok", where, _described(teachers[name]) + said)
         except Exception as error:
             yield _failed(where, error)
     if len(teachers) < len(build.teacher_configs(recipe)):
@@ -205,10 +207,12 @@ def _rehearsed(
     check_settings(step.train, len(train), taught.data.batch, drop_last(taught))
     classes = len(train.classes)
     checkpoint.seed_everything(recipe.seed)
-    model = build.build_model(step.model, classes, taught.evaluate)
+    if step.train.epochs:
+        build.check_start(step.model)
+    model = build.build_model(step.model, train.classes, taught.evaluate, taught.data.size)
     distillers = build.build_distillers(taught, step.distillers, classes, step.train)
     items = [train[0, i] for i in range(min(task_of(taught).DRY, taught.data.batch, len(train)))]
-    wrapped = build.build_wrapped(taught, model, teachers, distillers)
+    wrapped = build.build_wrapped(taught, model, teachers, distillers, train.classes)
     try:
         check_optimizer(step, wrapped)
         wrapped.train()
@@ -216,7 +220,8 @@ def _rehearsed(
         pictures, targets = how.get("collate", collate)(items)
         if prepare := how.get("prepare"):
             pictures, targets = prepare(pictures, targets)
-        losses = wrapped(pictures, targets)
+        args, kwargs = how.get("call", as_they_are)(pictures, targets)
+        losses = wrapped(*args, **kwargs)
         losses.total.backward()
         wrapped.check_finite()
     finally:
@@ -224,7 +229,8 @@ def _rehearsed(
     values = {name: value.item() for name, value in losses.items() if name != OUTPUT}
     _score(taught, model, data)
     said = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
-    yield Finding("ok", step.where, f"{_described(model)}; one step: {said}")
+    where = build.said_of_classes(step.model, classes)
+    yield Finding("ok", step.where, f"{_described(model)}{where}; one step: {said}")
     boxes = sum(len(target.get("boxes", ())) for _, target in items)
     idle = [name for name, value in values.items() if value == 0 and name not in _zero_at_first(distillers)]
     if boxes and idle:

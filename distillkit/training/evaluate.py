@@ -119,7 +119,7 @@ def evaluate(recipe: Recipe, model: str | None, split: Literal["train", "val", "
     """
     cut_tiles(recipe, [split])
     data = build.build_data(recipe, split, augmented=False)
-    detector = named_model(recipe, model, len(data.classes))
+    detector = named_model(recipe, model, data.classes)
     with ProgressBar(TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), transient=True) as bar:
         task = bar.add_task(f"{model or 'student'} on {split}", total=len(data))
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from distillkit.evaluation.classes import normalised
+from distillkit.evaluation.segmentation import pixel_logits_in
 from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint
 from distillkit.training.errors import RunError
@@ -32,7 +33,8 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
-        return (self.model(normalised(self.model, pictures)),)
+        output = self.model(normalised(self.model, pictures))
+        return (pixel_logits_in(output),)  # of a classifier, they have the same names
 
 
 def export(
@@ -57,7 +59,7 @@ def export(
     if unknown:
         raise RunError(f"unknown format {unknown[0]!r}: one or several of {', '.join(FORMATS)}")
     data = build.build_classes(recipe)
-    student = named_model(recipe, weights, len(data.classes)).eval()
+    student = named_model(recipe, weights, data.classes).eval()
     folder.mkdir(parents=True, exist_ok=True)
 
     differences: dict[str, float] = {}

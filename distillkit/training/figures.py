@@ -23,9 +23,11 @@ from distillkit.boxes.overlap import contains
 from distillkit.boxes.regions import Main, Valuable
 from distillkit.boxes.rotated import corners
 from distillkit.boxes.rotated_nms import rotated_nms
+from distillkit.core.errors import ViewError
 from distillkit.core.side import Reading, Side
 from distillkit.core.views import BoxTargets, DenseDetections
 from distillkit.evaluation.draw import beside, draw_boxes
+from distillkit.evaluation.predict import detect
 
 #: readable on white, and apart for most colour-blind readers (Okabe and Ito)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -202,9 +204,10 @@ def dense_views(models: Sequence[nn.Module], sample: Sample) -> list[DenseDetect
     """What each detector's head says of one picture. Raises ViewError for a model whose head is not known."""
     views = []
     for model in models:
-        side = Side("model", model.eval(), adapter_for(model), [Reading(DenseDetections, None)])
+        adapter = adapter_for(model)
+        side = Side("model", model.eval(), adapter, [Reading(DenseDetections, None)])
         try:
-            _, read = side.run(([sample[0].to(_device(model))],), {}, exit_early=False)
+            _, read = side.run(*adapter.call(model, [sample[0].to(_device(model))]), exit_early=False)
         finally:
             side.taps.remove()
         (view,) = read.values()
@@ -225,7 +228,8 @@ def _points(view: DenseDetections) -> Tensor:
 
 def _probabilities(view: DenseDetections) -> Tensor:
     """(N, E, K) of the only picture."""
-    assert view.edges is not None
+    if view.edges is None:
+        raise ViewError("a model here has no distributions over the edges of boxes")
     return view.edges.all()[0].float().softmax(-1).cpu()
 
 
@@ -239,7 +243,7 @@ def _targets(sample: Sample, model: nn.Module) -> BoxTargets:
 @torch.no_grad()
 def _predict(model: nn.Module, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes (k, 4) or (k, 5), labels (k,) and scores (k,), the best of every place."""
-    (found,) = model.eval()([image.to(_device(model))])
+    (found,) = detect(model.eval(), [image.to(_device(model))])
     boxes, labels, scores = (found[name].cpu() for name in ("boxes", "labels", "scores"))
     best = nms(boxes, scores, SAME) if boxes.shape[1] == 4 else rotated_nms(boxes, scores, None, SAME)
     return boxes[best], labels[best], scores[best]

@@ -56,6 +56,11 @@ class Samples(Protocol):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]: ...
 
 
+def as_they_are(pictures: Any, targets: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call ``model(pictures, targets)``."""
+    return (pictures, targets), {}
+
+
 @dataclass(frozen=True)
 class Job:
     """One training.
@@ -63,14 +68,15 @@ class Job:
     Args:
         name: for messages and the progress line.
         folder: gets last.pt, best.safetensors, final.safetensors, metrics.jsonl, tensorboard/ and result.json.
-        model: the wrapped student; called with (images, targets).
+        model: the wrapped student.
         data: the training set.
         evaluate: from the student, in eval mode, to its scores; a number under ``score`` chooses the best checkpoint.
         train: the recipe's ``train`` block.
         seed, batch, workers: of samples and loader; ``batch`` counts images of one process.
         resume: the command that goes on after an interruption, for the message.
         collate: from samples to (images, targets).
-        prepare: from these, on the device, to what the model is called with.
+        prepare: from these, on the device, to others.
+        call: from those to what the model is called with, (args, kwargs).
         drop_last: an epoch ends with its last whole batch.
     """
 
@@ -87,6 +93,7 @@ class Job:
     resume: str = "the same command"
     collate: Callable[..., tuple[Any, Any]] = collate
     prepare: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    call: Callable[[Any, Any], tuple[tuple[Any, ...], dict[str, Any]]] = as_they_are
     drop_last: bool = False
 
 
@@ -207,7 +214,8 @@ class Run:
             if self.job.prepare is not None:
                 pictures, targets = self.job.prepare(pictures, targets)
             with self.accelerator.no_sync(self.model) if i + 1 < len(window) else nullcontext():
-                losses = self.model(pictures, targets)
+                args, kwargs = self.job.call(pictures, targets)
+                losses = self.model(*args, **kwargs)
                 self.accelerator.backward(losses.total * share)
             sums = {k: sums.get(k, 0.0) + share * v.detach() for k, v in losses.items() if k != OUTPUT}
         if train.clip is not None:

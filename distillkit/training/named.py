@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -12,16 +13,19 @@ from distillkit.schema import Recipe
 from distillkit.training import build, checkpoint
 from distillkit.training.errors import RunError
 
+#: how many classes there are, or their names by label
+Labels = int | Sequence[str]
+
 FINAL = "final.safetensors"
 
 
-def named_model(recipe: Recipe, name: str | Path | None, classes: int) -> nn.Module:
+def named_model(recipe: Recipe, name: str | Path | None, classes: Labels) -> nn.Module:
     """A model of a recipe, with trained weights.
 
     Args:
         name: a teacher ("teacher", or its name among several); a row of ``compare``, as the run left it; a file with
             weights of the recipe's student; None, or "student" where no row is called so: the student as it comes.
-        classes: how many.
+        classes: how many, or their names by label.
 
     Raises:
         RunError: no such model; one that the run has not trained yet; a student that comes with random weights.
@@ -39,7 +43,7 @@ def named_model(recipe: Recipe, name: str | Path | None, classes: int) -> nn.Mod
         known = ", ".join(dict.fromkeys([*teachers, *rows, "student"]))
         raise RunError(f"{name}: neither a file with weights of the student, nor one of {known}")
     if name is None or name == "student":
-        return build.build_model(recipe.student, classes, recipe.evaluate)
+        return build.build_model(recipe.student, classes, recipe.evaluate, recipe.data.size)
     student = _empty(recipe, recipe.student, classes)
     build.load_checkpoint(student, Path(name))
     return student
@@ -55,21 +59,21 @@ def folder_of(recipe: Recipe, name: str | Path | None) -> Path | None:
     return _run_folder(recipe) / build.teacher_folder(str(name))
 
 
-def _empty(recipe: Recipe, config: schema.AnyModel, classes: int) -> nn.Module:
+def _empty(recipe: Recipe, config: schema.AnyModel, classes: Labels) -> nn.Module:
     """A model whose weights are all read afterwards: those that it would start a training from need not be had."""
     without = {"pretrained": False} if "pretrained" in type(config).model_fields else {}
-    return build.build_model(config.model_copy(update=without), classes, recipe.evaluate)
+    return build.build_model(config.model_copy(update=without), classes, recipe.evaluate, recipe.data.size)
 
 
-def _row(recipe: Recipe, row: schema.Row, classes: int) -> nn.Module:
+def _row(recipe: Recipe, row: schema.Row, classes: Labels) -> nn.Module:
     student = _empty(recipe, recipes.student_of(recipe, row.student), classes)
     checkpoint.load_into(student, _trained(recipe, row.row, recipes.slug(row.row)))
     return student
 
 
-def _teacher(recipe: Recipe, name: str, config: schema.AnyTeacher, classes: int) -> nn.Module:
+def _teacher(recipe: Recipe, name: str, config: schema.AnyTeacher, classes: Labels) -> nn.Module:
     if config.train is None or config.checkpoint is not None:
-        return build.build_model(config, classes, recipe.evaluate)
+        return build.build_model(config, classes, recipe.evaluate, recipe.data.size)
     teacher = _empty(recipe, config, classes)
     checkpoint.load_into(teacher, _trained(recipe, name, build.teacher_folder(name)))
     return teacher
@@ -82,7 +86,7 @@ def _trained(recipe: Recipe, name: str, folder: str) -> Path:
     return weights
 
 
-def _refuse_random(recipe: Recipe, classes: int) -> None:
+def _refuse_random(recipe: Recipe, classes: Labels) -> None:
     if not recipes.is_untrained(recipe.student.model_dump()) and not build.other_head(recipe.student, classes):
         return
     folder = _run_folder(recipe)

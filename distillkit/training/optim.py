@@ -57,7 +57,29 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     ]
     if config.kind == "sgd":
         return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
-    return torch.optim.AdamW(settings, lr=config.lr)
+    kind = torch.optim.AdamW if config.bias_correction else UncorrectedAdamW
+    return kind(settings, lr=config.lr, eps=config.eps)
+
+
+class UncorrectedAdamW(torch.optim.AdamW):
+    """AdamW without the correction of its averages for their start at 0, as BERT and ELECTRA are trained.
+
+    The corrections, known at every step, are taken back out of learning rate, eps and decay while AdamW makes the step.
+    """
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        own = [(group["lr"], group["eps"], group["weight_decay"]) for group in self.param_groups]
+        for group in self.param_groups:
+            done = next((float(self.state[p]["step"]) for p in group["params"] if p in self.state), 0.0)
+            first, second = (1 - beta ** (done + 1) for beta in group["betas"])
+            change = first / second**0.5
+            group["lr"], group["eps"] = group["lr"] * change, group["eps"] / second**0.5
+            group["weight_decay"] /= change
+        try:
+            return super().step(closure)
+        finally:
+            for group, (lr, eps, decay) in zip(self.param_groups, own, strict=True):
+                group.update(lr=lr, eps=eps, weight_decay=decay)
 
 
 def _named_without_decay(model: nn.Module) -> list[nn.Parameter]:
@@ -73,6 +95,9 @@ def _named_without_decay(model: nn.Module) -> list[nn.Parameter]:
 def _layer_factors(model: nn.Module, decay: float) -> dict[int, float]:
     """What each parameter's learning rate is multiplied by, by ``id``."""
     student: Any = getattr(model, "student", model)
+    if callable(depths := getattr(student, "layer_depths", None)):  # models of text
+        layers = depths()
+        return {id(p): decay ** (max(layers.values()) - layers[name]) for name, p in student.named_parameters()}
     if not callable(getattr(student, "group_matcher", None)):
         raise RunError(
             f"train.optimizer.layer_decay is {decay}, but {type(student).__name__} does not tell its layers "

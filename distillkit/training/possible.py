@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -70,12 +70,15 @@ def _segmenting(recipe: schema.WeakRecipe) -> Iterator[Planned]:
         yield Planned(f"segment ({masks} masks)", f"{folder.name}/{SEGMENT}", run.student, run.train, "none", run)
 
 
-def check_teacher(where: str, config: schema.AnyTeacher, classes: int) -> None:
+def check_teacher(where: str, config: schema.AnyTeacher, classes: int | Sequence[str]) -> None:
     """Raises RunError for a teacher whose pretrained weights are of other classes: its classifier would be drawn at
     random, and that is what it would teach."""
-    if isinstance(config, schema.TimmTeacher) and config.train is None and (known := build.other_head(config, classes)):
+    classes = build.own_classes(config) or classes
+    if config.train is None and (known := build.other_head(config, classes)):
+        name = getattr(config, "model", None) or getattr(config, "pretrained", None)
         raise RunError(
-            f"{where}: the pretrained weights of {config.model} are of {known} classes, the data have {classes}: it "
+            f"{where}: the pretrained weights of {name} are of {known} classes, the data have "
+            f"{build.count_of(classes)}: it "
             "would teach with a random classifier; let it learn these classes first, as in `train: {epochs: 5}`, or "
             "give its checkpoint"
         )

@@ -48,7 +48,7 @@ def predict(
     if saliency and not isinstance(recipe, schema.SegmentationRecipe):
         raise RunError(f"saliency maps are for segmentation, and the task of {recipe.name!r} is {recipe.task}")
     classes = build.build_classes(recipe)
-    model = named_model(recipe, weights, len(classes.classes))
+    model = named_model(recipe, weights, classes.classes)
     model.to(processes().device).eval()
     asked = Asked(images, folder, submission, saliency, progress, weights)
     return task_of(recipe).predict(recipe, model, classes, asked)

@@ -23,9 +23,11 @@ class Progress:
         total, done: optimizer steps in all, and those done before this start.
         epochs: of the job.
         console: where to; None shows nothing (all processes but the first).
+        unit: what its epochs are called.
     """
 
-    def __init__(self, name: str, total: int, done: int, epochs: int, console: Console | None):
+    def __init__(self, name: str, total: int, done: int, epochs: int, console: Console | None, unit: str = "epoch"):
+        self.unit = unit
         self.name, self.total, self.first, self.epochs, self.console = name, total, done, epochs, console
         self.last_line = done
         self.started = time.monotonic()
@@ -48,7 +50,9 @@ class Progress:
 
     def show(self, step: int, epoch: int, losses: dict[str, float]) -> None:
         """``step`` optimizer steps are done, the last one with these losses in epoch ``epoch`` (from 0)."""
-        text = f"epoch {epoch + 1}/{self.epochs}  " + "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        text = f"{self.unit} {epoch + 1}/{self.epochs}  " + "  ".join(
+            f"{name} {value:.3f}" for name, value in losses.items()
+        )
         if self.bar:
             self.bar.update(self.task, completed=step, text=escape(text))
         elif self.console and (step - self.last_line >= LINE_EVERY or step == self.total):

@@ -100,7 +100,9 @@ def _do(jobs: Jobs) -> None:
     if state.is_main_process:
         write_table(folder, jobs.table)
         console.print(rich_table(jobs.table))
-        write_report(recipe, folder, jobs.table, Trained(jobs.judged, jobs.folders, teachers, students))
+        configs = build.teacher_configs(recipe)
+        shown = {name: model for name, model in teachers.items() if not build.differs(configs[name])}
+        write_report(recipe, folder, jobs.table, Trained(jobs.judged, jobs.folders, shown, students))
         console.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
     state.wait_for_everyone()
 
@@ -144,7 +146,7 @@ class Jobs:
             task_of(self.recipe).check_taught("train", self.train)
         task_of(self.recipe).check_judged(self.recipe.evaluate.split, self.judged)
         for name, config in build.teacher_configs(self.recipe).items():
-            check_teacher(teacher_place(name), config, self.classes)
+            check_teacher(teacher_place(name), config, self.val.classes)
         check_submission(self.recipe, self.judged)
         for step in steps:
             try:
@@ -153,6 +155,8 @@ class Jobs:
                     train = build.build_data(step.recipe, "train", augmented=True)
                     check_same_classes(step, self.recipe, train.classes, self.train.classes)
                 check_settings(step.train, len(train), step.recipe.data.batch, drop_last(step.recipe))
+                if step.train.epochs:
+                    build.check_start(step.model)
                 check_optimizer(step, self._model(step.model))
             except RunError as error:
                 raise RunError(f"{step.where}: {error}") from error
@@ -164,7 +168,11 @@ class Jobs:
         minutes = None
         if config.train is not None and config.checkpoint is None:
             minutes = self._fit(name, folder, model, recipes.train_of(self.recipe, config.train), "none", {})
-        self._judge(name, folder, model, minutes)
+        if build.own_classes(config) in (None, self.val.classes):
+            self._judge(name, folder, model, minutes)
+        else:
+            text = f"{name}: its classes are not those of the data, so that it is not scored"
+            self.console.print(text, markup=False, highlight=False)
         return model
 
     def row(self, row: schema.Row, teachers: Mapping[str, nn.Module]) -> nn.Module:
@@ -186,7 +194,7 @@ class Jobs:
 
     def _model(self, config: schema.AnyModel) -> nn.Module:
         checkpoint.seed_everything(self.recipe.seed)
-        return build.build_model(config, self.classes, self.recipe.evaluate)
+        return build.build_model(config, self.val.classes, self.recipe.evaluate, self.recipe.data.size)
 
     def _fit(
         self,
@@ -205,7 +213,11 @@ class Jobs:
         if not (folder / "result.json").exists():
             taught = recipes.taught_by(self.recipe, changes or {})
             wrapped = build.build_wrapped(
-                self.recipe, model, teachers, build.build_distillers(self.recipe, distillers, self.classes, train)
+                self.recipe,
+                model,
+                teachers,
+                build.build_distillers(self.recipe, distillers, self.classes, train),
+                self.val.classes,
             )
             job = Job(
                 name=name,

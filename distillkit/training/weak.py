@@ -202,7 +202,7 @@ def figures(recipe: WeakRecipe, trained: Trained) -> Iterator[Section]:
 
 def _segmenter(run: SegmentationRecipe, folder: Path) -> nn.Module:
     """A row's segmentation model as it was trained."""
-    return named_model(run, folder / SEGMENT / FINAL, len(build.build_classes(run).classes)).to(processes().device)
+    return named_model(run, folder / SEGMENT / FINAL, build.build_classes(run).classes).to(processes().device)
 
 
 def _cams(recipe: WeakRecipe, samples: list[mask_figures.Sample], trained: Trained) -> Image.Image:

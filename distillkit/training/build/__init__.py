@@ -6,8 +6,13 @@ from distillkit.training.build.data import build_classes, build_data
 from distillkit.training.build.distillers import build_distillers, build_wrapped
 from distillkit.training.build.models import (
     build_model,
+    check_start,
+    count_of,
+    differs,
     load_checkpoint,
     other_head,
+    own_classes,
+    said_of_classes,
     teacher_configs,
     teacher_folder,
 )
@@ -21,8 +26,13 @@ __all__ = [
     "build_model",
     "build_resize",
     "build_wrapped",
+    "check_start",
+    "count_of",
+    "differs",
     "load_checkpoint",
     "other_head",
+    "own_classes",
+    "said_of_classes",
     "teacher_configs",
     "teacher_folder",
     "tiles_folder",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from distillkit.schema import Recipe
-from distillkit.training.build import box_data, class_data, label_data, mask_data
+from distillkit.training.build import box_data, class_data, label_data, mask_data, text_data
 from distillkit.training.build.classes import Classes
 
 #: the module that reads the data of a task: ``build(recipe, split, augmented)`` and ``classes_of(recipe)``
@@ -15,6 +15,7 @@ _READERS: dict[str, Any] = {
     "classification": class_data,
     "segmentation": mask_data,
     "weak-segmentation": label_data,
+    "text": text_data,
 }
 
 

@@ -27,6 +27,7 @@ _MODULES = {
     "classification": "classification",
     "segmentation": "segmentation",
     "weak-segmentation": "weak_segmentation",
+    "text": "text",
 }
 
 #: (what is being done, how much of it is done, how much there is)
@@ -112,7 +113,7 @@ class Task(Protocol):
     DROP_LAST: bool
 
     def batches(self, recipe: Any, student: nn.Module, classes: int) -> dict[str, Any]:
-        """``collate`` and ``prepare`` of a ``Job``, where the task has its own."""
+        """``collate``, ``prepare`` and ``call`` of a ``Job``, where the task has its own."""
 
     def find(
         self,

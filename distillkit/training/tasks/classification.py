@@ -19,10 +19,10 @@ from distillkit.data.classes import collate
 from distillkit.data.problems import Problem
 from distillkit.evaluation.classes import (
     ClassificationResult,
+    class_logits,
     class_metrics,
     classify_dataset,
     moments,
-    normalised,
 )
 from distillkit.evaluation.predict import Progress
 from distillkit.schema import ClassificationRecipe
@@ -130,7 +130,7 @@ def predict(recipe: ClassificationRecipe, model: nn.Module, data: Classes, asked
         pixels = torch.from_numpy(np.array(read_picture(path))).permute(2, 0, 1).contiguous()
         image = view(tv_tensors.Image(pixels), None, torch.Generator()).image[None].to(processes().device)
         with torch.inference_mode():
-            probabilities, labels = model(normalised(model, image)).softmax(1)[0].sort(descending=True, stable=True)
+            probabilities, labels = class_logits(model, image).softmax(1)[0].sort(descending=True, stable=True)
         best = zip(probabilities[:5].tolist(), labels[:5].tolist(), strict=True)
         rows.append({"file": str(path), "classes": [{"class": data.classes[i], "probability": p} for p, i in best]})
         if asked.progress is not None:

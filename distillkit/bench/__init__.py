@@ -1,0 +1,1 @@
+"""``distillkit bench``: what distillkit costs and how it behaves, measured against its peers on identical models."""
