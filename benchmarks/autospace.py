@@ -51,6 +51,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--seeds", type=int, default=3, help="0 .. SEEDS-1 are trained")
+    parser.add_argument(
+        "--seed", type=int, action="append", help="train this one only; calls with others may run beside"
+    )
     parser.add_argument("--part", choices=["search", "train"], help="only this one")
     parser.add_argument("overrides", nargs="*", help="as for distillkit search: key.path=value")
     args = parser.parse_intermixed_args()
@@ -60,7 +63,7 @@ def main() -> None:
     if args.part != "train":
         search(recipe, console, command=command)
     if args.part != "search":
-        Comparison(recipe, command).run(args.seeds)
+        Comparison(recipe, command).run(args.seeds, args.seed or range(args.seeds))
 
 
 class Comparison:
@@ -75,9 +78,10 @@ class Comparison:
         self.space = read_space(self.folder / "space.json")
         self.path = RESULTS / f"{recipe.name}.jsonl"
 
-    def run(self, seeds: int) -> None:
+    def run(self, seeds: int, chosen: Sequence[int]) -> None:
+        """Train the chosen ones of ``seeds``."""
         self.write(seeds)
-        for seed in range(seeds):
+        for seed in chosen:
             for name, network in self.networks(seed):
                 bench, row = self._bench(name, network)
                 if bench.line(row, seed) is None:

@@ -5,7 +5,7 @@
 A supernet is pretrained, evolution finds an order, and that order, the interleaved and the published one, all within a
 hundredth of the same parameters, are pretrained for as many steps from each seed. Then the found one is taught
 Banking77 and polarity, and teaches a student of a quarter of its depth. All goes on where it was stopped. ``--quick``
-does everything in a minute or two, and measures nothing.
+does a step or two of everything, and measures nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -25,7 +26,6 @@ import torch
 from rich.console import Console
 
 from benchmarks.machine import heading, write
-from benchmarks.seeds import cell
 from distillkit.bench.report import table
 from distillkit.models.lvbert import SEARCHED, LVBertConfig, encoder_parameters, interleaved
 from distillkit.recipe import load
@@ -40,7 +40,7 @@ from distillkit.text.pretrain import (
     pretrain,
     scores_over_steps,
 )
-from distillkit.text.search import search_orders, with_order
+from distillkit.text.search import InheritedAccuracy, search_orders, with_order
 from distillkit.text.vocabulary import Vocabulary, learn_vocabulary
 from distillkit.training import checkpoint
 from distillkit.training.run import run
@@ -61,7 +61,8 @@ class Study:
         self.data = Path(os.environ["DISTILLKIT_DATA"]) / "text_mini"
         self.steps = (8, 4) if quick else (1240, 828)  # of the supernet, of each order
         self.evolution = Evolution(4, 1, 2) if quick else Evolution(population=32, generations=10, tournament=4)
-        self.epochs = (1, 1) if quick else (4, 6)  # of the teacher, of a student
+        self.batch = 4 if quick else BATCH
+        self.epochs = (1, 1) if quick else (4, 5)  # of the teacher, of a student
 
     def prepared(self) -> tuple[Vocabulary, Corpus, Corpus]:
         """WikiText-2 without its <unk>, which stands for rare words."""
@@ -86,13 +87,21 @@ class Study:
         vocabulary, train, val = self.prepared()
         quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # so few steps leave nothing to fit
         config = LVBertConfig(vocab_size=len(vocabulary), layer_order=order, **SIZES, **quiet)
-        plan = electra_training(steps, len(train), BATCH, RATE, threads=torch.get_num_threads(), save_every=100)
+        plan = electra_training(steps, len(train), self.batch, RATE, threads=torch.get_num_threads(), save_every=100)
         if self.quick:
             few = Corpus(self.folder / "tokens" / "val" / "index.json", vocabulary, LENGTH)
-            few.starts[-1] = 400 * (LENGTH - 2)
-            train, plan = few, electra_training(steps, len(few), BATCH, RATE)
+            few.starts[-1] = (steps * self.batch + 1) * (LENGTH - 2)
+            train, plan = few, electra_training(steps, len(few), self.batch, RATE)
         return Pretraining(
-            config, train, val, plan, batch=BATCH, seed=seed, share=0.5, supernet=supernet, most=8 if not self.quick else 1
+            config,
+            train,
+            val,
+            plan,
+            batch=self.batch,
+            seed=seed,
+            share=0.5,
+            supernet=supernet,
+            most=8 if not self.quick else 1,
         )
 
     def order(self, name: str) -> tuple[int, ...]:
@@ -112,18 +121,18 @@ class Study:
         trained = time.monotonic() - began
         batches, size = judged_batches(how), encoder_parameters(how.config, SEARCHED)
         limits = {"most": size * (1 + SAME), "least": size * (1 - SAME)}
-        given = [SEARCHED, interleaved(24)]
-        found = search_orders(supernet, batches, self.evolution, start=given, log=self.folder / "orders.jsonl", **limits)
+        fitness = InheritedAccuracy(supernet, batches)
+        found = search_orders(supernet, batches, self.evolution, log=self.folder / "orders.jsonl", **limits)
         checkpoint.write_json(
             self.folder / "found.json",
             {
                 "order": list(found.best.genome),
                 "fitness": found.best.fitness,
-                "inherited": {name: found.candidates[i].fitness for i, name in enumerate(("published", "interleaved"))},
+                "inherited": {name: fitness(self.order(name))["fitness"] for name in ("published", "interleaved")},
                 "candidates": len(found.candidates),
                 "supernet seconds": trained,
                 "search seconds": time.monotonic() - began - trained,
-                "cost": candidate_cost(supernet, how, batches[:2]),
+                "cost": candidate_cost(supernet, how, batches[:2], 3 if self.quick else 15),
             },
         )
 
@@ -162,7 +171,9 @@ teacher:
 student: {{kind: transformers, model_type: lvbert, options: {json.dumps(sizes)}}}
 distillers:
   - {{kind: logit-kd, temperature: 4, weight: 1}}
-  - {{kind: hidden-states, student_at: [lvbert.layers.2, lvbert.layers.5], teacher_at: [lvbert.layers.11, lvbert.layers.23]}}{attention}
+  - kind: hidden-states
+    student_at: [lvbert.layers.2, lvbert.layers.5]
+    teacher_at: [lvbert.layers.11, lvbert.layers.23]{attention}
 train:
   epochs: {student}
   optimizer: {{kind: adamw, lr: 1e-3, weight_decay: 0.01}}
@@ -171,7 +182,7 @@ train:
   evaluate_every: 100
   threads: 1
 evaluate: {{split: test}}
-compare: [student, {{row: KD, distillers: [logit_kd]}}, distilled]
+compare: [student, distilled]
 """
 
     def rows(self) -> list[dict[str, Any]]:
@@ -190,19 +201,17 @@ compare: [student, {{row: KD, distillers: [logit_kd]}}, distilled]
 
 @torch.no_grad()
 def candidate_cost(supernet: Any, how: Pretraining, batches: Sequence[torch.Tensor], times: int = 15) -> float:
-    """Seconds to judge a candidate by inherited weights over those of a forward pass of its own network."""
-    order, ratios = SEARCHED, []
-    alone = build_electra(Pretraining(**{**vars(how), "config": with_order(how.config, order), "supernet": False}))
+    """CPU seconds to judge a candidate by inherited weights over those of its own network, the least of each."""
+    alone = build_electra(Pretraining(**{**vars(how), "config": with_order(how.config, SEARCHED), "supernet": False}))
+    taken: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(times):
-        taken = []
         for net in (alone, supernet):
-            began = time.perf_counter()
+            began = time.process_time()
             if net is supernet:
-                net.choose(order)
+                net.choose(SEARCHED)
             judge(net, batches)
-            taken.append(time.perf_counter() - began)
-        ratios.append(taken[1] / taken[0])
-    return sorted(ratios)[times // 2]
+            taken[net is supernet].append(time.process_time() - began)
+    return min(taken[True]) / min(taken[False])
 
 
 def main() -> None:
@@ -214,7 +223,9 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="write the table to this file, and its rows to .jsonl beside it")
     parser.add_argument("--only", nargs=3, metavar=("PART", "NAME", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    study = Study(args.output.with_name(args.output.name + "-quick") if args.quick else args.output, args.quick, args.seeds)
+    study = Study(
+        args.output.with_name(args.output.name + "-quick") if args.quick else args.output, args.quick, args.seeds
+    )
     if args.only:
         part, name, seed = args.only
         (study.one_order if part == "order" else study.one_task)(name, int(seed))
@@ -243,6 +254,12 @@ def together(args: argparse.Namespace, part: str, what: Sequence[tuple[str, int]
         list(pool.map(one, what))
 
 
+def cell(values: Sequence[float]) -> str:
+    """Mean and standard deviation, in per cent."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * statistics.fmean(values):.2f} ± {100 * deviation:.2f}"
+
+
 def report(study: Study, args: argparse.Namespace) -> None:
     rows = study.rows()
     search, trained = rows[0], [row for row in rows if row["part"] == "pretraining"]
@@ -264,11 +281,11 @@ def report(study: Study, args: argparse.Namespace) -> None:
     inherited = ", ".join(f"{name} {value:.4f}" for name, value in search["inherited"].items())
     text = [
         heading("LV-BERT: orders of layers, found and given", command, seed=", ".join(map(str, range(study.seeds)))),
-        f"WikiText-2 without its `<unk>` ({LENGTH} tokens a sample, {BATCH} samples a step, {PIECES} pieces), 24 layers "
-        f"of width {SIZES['hidden_size']}, generator of half the width; parameters within {SAME:.0%} of the published "
-        f"order's. Supernet: {search['supernet seconds']:.0f} s; {search['candidates']} candidates in "
-        f"{search['search seconds']:.0f} s, each at {search['cost']:.3f} of the time of its own network's forward pass. "
-        f"Inherited accuracy: found {search['fitness']:.4f}, {inherited}. Found: `{search['order']}`.",
+        f"WikiText-2 without its `<unk>` ({LENGTH} tokens a sample, {BATCH} samples a step, {PIECES} pieces), 24 "
+        f"layers of width {SIZES['hidden_size']}, generator of half the width; parameters within {SAME:.0%} of the "
+        f"published order's. Supernet: {search['supernet seconds']:.0f} s; {search['candidates']} candidates in "
+        f"{search['search seconds']:.0f} s, each at {search['cost']:.3f} of the time of its own network's forward "
+        f"pass. Inherited accuracy: found {search['fitness']:.4f}, {inherited}. Found: `{search['order']}`.",
         "## Pretraining, by optimizer step, on held-out text",
         table(["order", "parameters", "", *map(str, steps)], curves),
         "## Tasks, test accuracy",

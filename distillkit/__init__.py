@@ -47,6 +47,8 @@ _WHERE = {
     "PairwiseKD": "distillkit.distillers.pairwise_kd",
     "PixelKD": "distillkit.distillers.pixel_kd",
     "LocalToGlobal": "distillkit.distillers.local_to_global",
+    "HiddenStates": "distillkit.distillers.text",
+    "AttentionMaps": "distillkit.distillers.text",
     "LabelMap": "distillkit.data.label_map",
     "Main": "distillkit.boxes.regions",
     "Valuable": "distillkit.boxes.regions",
@@ -93,6 +95,7 @@ if TYPE_CHECKING:
     from distillkit.distillers.query_kd import QueryKD, QueryLD
     from distillkit.distillers.relational_kd import RelationalKD
     from distillkit.distillers.self_ld import SelfLD
+    from distillkit.distillers.text import AttentionMaps, HiddenStates
     from distillkit.distillers.token_labeling import TokenLabeling
     from distillkit.plugins import register_data, register_distiller, register_model
 

@@ -534,7 +534,7 @@ def bench(
             metavar="SUITE", help="step, kernels, invariance, syncs, behaviour, accuracy; all unless some are named."
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="What continuous integration runs: less of it, smaller.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Less of it, smaller: as in continuous integration.")] = False,
     into_json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write every number, the machine and the versions.")
     ] = None,

@@ -339,8 +339,17 @@ def _wrong_rows(raw: dict[str, Any]) -> Iterator[Wrong]:
 
 
 #: torchvision's names of detectors and segmentation models begin so
-WITH_BACKBONES = ("fcos_", "retinanet_", "fasterrcnn_", "maskrcnn_", "keypointrcnn_", "ssd", "deeplabv3_", "fcn_")
-WITH_BACKBONES += ("lraspp_",)
+WITH_BACKBONES = (
+    "fcos_",
+    "retinanet_",
+    "fasterrcnn_",
+    "maskrcnn_",
+    "keypointrcnn_",
+    "ssd",
+    "deeplabv3_",
+    "fcn_",
+    "lraspp_",
+)
 
 
 def is_untrained(model: dict[str, Any]) -> bool:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DATA = os.environ.get("DISTILLKIT_DATA", "")
 #: pages named after a package that not everyone has installed
-OPTIONAL = ("mmdet", "mmrotate", "transformers", "lightning")
+OPTIONAL = ("mmdet", "mmrotate", "transformers", "lightning", "text", "ultralytics")
 FENCE = re.compile(r"^```(\w+)(?: (needs-weights))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -45,8 +45,9 @@ def pages_with(language: str, needs_weights: bool = False) -> list:
 
 
 def run(page: Path, sources: list[str]) -> None:
-    if page.stem in OPTIONAL and find_spec(page.stem) is None:
-        pytest.skip(f"needs {page.stem}")
+    package = {"text": "transformers"}.get(page.stem, page.stem)
+    if page.stem in OPTIONAL and find_spec(package) is None:
+        pytest.skip(f"needs {package}")
     script = Path(f"{page.stem}.py")
     script.write_text("\n".join(sources), encoding="utf-8")
     runpy.run_path(str(script))

@@ -28,7 +28,9 @@ from distillkit.text.vocabulary import Vocabulary, learn_vocabulary
 from distillkit.training.loop import Run
 from distillkit.training.optim import build_optimizer
 
-LINES = [f"the {a} {b} sees a {c}" for a in ("old", "new", "red") for b in ("cat", "dog", "fox") for c in ("hill", "sea")]
+LINES = [
+    f"the {a} {b} sees a {c}" for a in ("old", "new", "red") for b in ("cat", "dog", "fox") for c in ("hill", "sea")
+]
 WORDS = [letter + digit for letter in "abcdefghij" for digit in "0123456789"]
 NUMBERED = Vocabulary(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
 
@@ -95,7 +97,9 @@ def test_short_texts_and_padding():
 
 def test_only_what_is_to_be_written_is_written():
     ids = torch.arange(8).view(1, 8)
-    out = write(ids, torch.tensor([[2, 2, 0, 5]]), torch.tensor([[20, 21, 22, 23]]), torch.tensor([[1, 0, 0, 1]]).bool())
+    out = write(
+        ids, torch.tensor([[2, 2, 0, 5]]), torch.tensor([[20, 21, 22, 23]]), torch.tensor([[1, 0, 0, 1]]).bool()
+    )
     assert out.tolist() == [[0, 1, 20, 3, 4, 23, 6, 7]]
 
 
@@ -115,7 +119,9 @@ def test_losses_are_those_of_the_parts():
     )
     words = ids.gather(1, masked.positions)
     nll = -logits.log_softmax(-1).gather(-1, words[..., None])[..., 0]
-    assert out["mlm"].item() == pytest.approx((nll * masked.weights).sum().item() / masked.weights.sum().item(), rel=1e-4)
+    assert out["mlm"].item() == pytest.approx(
+        (nll * masked.weights).sum().item() / masked.weights.sum().item(), rel=1e-4
+    )
     drawn = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=g).view_as(words)
     corrupt = ids.clone()
     for b in range(3):
@@ -125,7 +131,9 @@ def test_losses_are_those_of_the_parts():
     z, y = model.discriminator(corrupt, attention_mask=keep).logits, (corrupt != ids).float()
     each = z.clamp(min=0) - z * y + (1 + (-z.abs()).exp()).log()
     assert out["rtd"].item() == pytest.approx(50 * (each * keep).sum().item() / keep.sum().item(), rel=1e-4)
-    assert out["rtd_accuracy"].item() == pytest.approx((((z > 0) == (y > 0)) & (keep > 0)).sum().item() / keep.sum().item())
+    assert out["rtd_accuracy"].item() == pytest.approx(
+        (((z > 0) == (y > 0)) & (keep > 0)).sum().item() / keep.sum().item()
+    )
 
 
 def test_embeddings_are_shared_and_the_generator_learns_nothing_from_the_discriminator():
@@ -255,9 +263,10 @@ def test_a_search_is_killed_and_goes_on(corpus, tmp_path):
             raise RuntimeError("killed")
         return fitness(self, order)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InheritedAccuracy, "__call__", killed)
-        search_orders(supernet, batches, evolution, log=tmp_path / "broken.jsonl")
+        with pytest.raises(RuntimeError, match="killed"):
+            search_orders(supernet, batches, evolution, log=tmp_path / "broken.jsonl")
     again = search_orders(supernet, batches, evolution, log=tmp_path / "broken.jsonl")
     assert again.best == whole.best
     assert (tmp_path / "whole.jsonl").read_bytes() == (tmp_path / "broken.jsonl").read_bytes()

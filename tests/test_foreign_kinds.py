@@ -89,8 +89,8 @@ def built(recipe, classes: int = 10, seed: int = 0):
     return build.build_model(recipe.student, classes, recipe.evaluate, recipe.data.size)
 
 
-def block(kind: type, **keys):
-    return kind.model_validate(keys)
+def block(of, /, **keys):
+    return of.model_validate(keys)
 
 
 # -- a run of each kind -----------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ PAIRS = {
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param("mmdet", marks=needs_mmdet),
+        pytest.param("mmdet", marks=[needs_mmdet, pytest.mark.integration]),
         pytest.param("torchvision", marks=pytest.mark.integration),
         pytest.param("transformers", marks=needs_transformers),
     ],
@@ -210,6 +210,7 @@ def taught(recipe, model, data, steps: int):
     return model.eval()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["fcos", "ssd"])
 def test_ap_is_that_of_torchvisions_own_predictions(name, written):
     recipe = written({"fcos": FCOS, "ssd": SSD}[name], overrides=["evaluate.score=0.01"])
@@ -580,11 +581,15 @@ def test_a_config_of_transformers_runs_and_fetches_nothing(attack, trap, tmp_pat
 
 
 @needs_transformers
-def test_the_hub_is_asked_for_nothing(tmp_path):
+@pytest.mark.parametrize(("kind", "said"), [("detr", "Unknown model"), ("rt_detr", "offline mode is enabled")])
+def test_the_hub_is_asked_for_nothing(kind, said, monkeypatch):
     """A word may be a repository's name: the hub is not to be asked whether it is."""
-    config = block(schema.TransformersModel, kind="transformers", model_type="detr", options={"backbone": "gpt2"})
-    with pytest.raises(RunError, match=r"(?i)offline|backbone"):
+    asked = []
+    monkeypatch.setattr("socket.socket.connect", lambda *to: asked.append(to))
+    config = block(schema.TransformersModel, kind="transformers", model_type=kind, options={"backbone": "gpt2"})
+    with pytest.raises(RunError, match=said):
         build.build_model(config, 3, schema.Evaluate())
+    assert asked == []
 
 
 @needs_transformers

@@ -1,15 +1,18 @@
 """Wrapped models in Lightning's Trainer, by either of its names, and in Accelerate as they are."""
 
+import os
 from importlib import import_module
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 import distillkit
 from distillkit import FeatureImitation, LogitKD
+from distillkit.bench.ranks import on_two_ranks
 from distillkit.core.errors import WrapError
 from distillkit.data.scenes import Scenes
 from distillkit.integrations.lightning import Distilled
@@ -22,10 +25,14 @@ def wrapped() -> distillkit.core.wrap.DistilledModel:
     return distillkit.wrap(Net(8, 10), Net(16, 10), distillers, criterion=cross_entropy)
 
 
-@pytest.fixture(scope="module")
-def pairs() -> list[tuple[torch.Tensor, int]]:
+def scenes() -> list[tuple[torch.Tensor, int]]:
     data = Scenes(8, 32)
     return [(picture, int(target["labels"][0])) for picture, target in (data[(0, i)] for i in range(8))]
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[tuple[torch.Tensor, int]]:
+    return scenes()
 
 
 @pytest.fixture(params=["lightning", "pytorch_lightning"])
@@ -128,3 +135,51 @@ def test_accelerate_prepares_trains_saves_and_loads_a_wrapped_model_as_it_is(pai
     for (name, a), b in zip(accelerator.unwrap_model(model).state_dict().items(), wrapper.state_dict().values()):
         assert torch.equal(a, b), name
     assert isinstance(wrapper.unwrap(), Net)
+
+
+def fit_with_accelerate(rank: int, precision: str, batch: int) -> dict[str, torch.Tensor]:
+    """Two steps of Accelerate's own loop on eight pictures, ``batch`` a process; what is trained, after them."""
+    if torch.distributed.is_initialized():  # it looks for these, though the processes have met
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", LOCAL_WORLD_SIZE="2")
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    assert accelerator.num_processes == (2 if torch.distributed.is_initialized() else 1)
+    model = wrapped().train()
+    model.student.drop.p = 0.0
+    model.student.stem[1].eval()  # else its statistics are those of the pictures of one process
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(scenes(), batch_size=batch))
+    for x, y in loader:
+        losses = model(x, y)
+        accelerator.backward(losses.total)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert list(losses) == ["task", "kd", "imitation", "output"]
+    assert losses["output"].dtype is torch.float32  # Accelerate gives outputs back in full precision
+    wrapper = accelerator.unwrap_model(model)
+    assert isinstance(wrapper, distillkit.core.wrap.DistilledModel)
+    assert wrapper.step == 2
+    state = {name: value.detach().clone() for name, value in wrapper.state_dict().items()}
+    assert isinstance(wrapper.unwrap(), Net)
+    return state
+
+
+def fit_in_both(rank: int, batch: int) -> dict[str, dict[str, torch.Tensor]]:
+    return {precision: fit_with_accelerate(rank, precision, batch) for precision in ("no", "bf16")}
+
+
+def test_two_processes_of_accelerate_learn_what_one_does():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        alone = fit_in_both(0, 4)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)  # else the next test's mixed precision is this one's
+    one, other = on_two_ranks(fit_in_both, 2)
+    before = wrapped().state_dict()
+    for precision, near in (("no", 1e-5), ("bf16", 1e-4)):
+        for name, value in alone[precision].items():
+            assert torch.equal(one[precision][name], other[precision][name]), name
+            torch.testing.assert_close(one[precision][name], value, rtol=0, atol=near, msg=f"{precision} {name}")
+        for name in ("student.head.weight", "distillers.imitation.projections.0.weight"):
+            assert (alone[precision][name] - before[name]).abs().max() > 5 * near, name
+    assert not torch.equal(alone["no"]["student.head.weight"], alone["bf16"]["student.head.weight"])

@@ -409,4 +409,6 @@ def test_configs_that_do_not_fit():
 
 def test_counting_needs_no_model():
     sizes = dict(SIZES, vocab_size=23, type_vocab_size=2, layer_order=SEARCHED)
-    assert encoder_parameters(SimpleNamespace(**sizes)) == sum(p.numel() for p in LVBertModel(tiny(SEARCHED)).parameters())
+    assert encoder_parameters(SimpleNamespace(**sizes)) == sum(
+        p.numel() for p in LVBertModel(tiny(SEARCHED)).parameters()
+    )

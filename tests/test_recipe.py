@@ -81,7 +81,8 @@ def test_without_distillers_there_is_no_distilled_row(write):
         (
             "  kind: gfl\n",
             "  kind: yolo\n",
-            "r.yaml:4: student.kind: unknown kind 'yolo'; expected one of: gfl, nanodet, custom",
+            "r.yaml:4: student.kind: unknown kind 'yolo'; expected one of: gfl, nanodet, mmdet, torchvision, "
+            "transformers, ultralytics, custom",
         ),
         (
             "region: valuable",
@@ -101,7 +102,7 @@ def test_without_distillers_there_is_no_distilled_row(write):
             "kind: sgd",
             "kind: adamw, momentum: 0.9",
             "r.yaml:11: train.optimizer.momentum: unknown key; "
-            "expected one of: lr, weight_decay, backbone_lr, no_decay_norm, layer_decay, kind",
+            "expected one of: lr, weight_decay, backbone_lr, no_decay_norm, layer_decay, kind, eps, bias_correction",
         ),
         (
             "region: valuable",
@@ -339,7 +340,8 @@ def test_custom_kinds_are_names_only(write):
     )
     assert (recipe.student.name, recipe.student.options) == ("mine", {"a": [1]})
     (found,) = mistakes(write(with_line("  kind: gfl\n  backbone: resnet18\n", "  kind: mine\n")))
-    assert found == "r.yaml:4: student.kind: unknown kind 'mine'; expected one of: gfl, nanodet, custom"
+    kinds = "gfl, nanodet, mmdet, torchvision, transformers, ultralytics, custom"
+    assert found == f"r.yaml:4: student.kind: unknown kind 'mine'; expected one of: {kinds}"
 
 
 @pytest.mark.parametrize("path", recipes.bundled(), ids=lambda path: path.stem)
@@ -442,4 +444,4 @@ def test_the_recipes_of_the_documentation_are_right(tmp_path, monkeypatch):
     for i, block in enumerate(DOCUMENTED):
         (tmp_path / f"{i}.yaml").write_text(block)
         load(tmp_path / f"{i}.yaml")
-    assert len(DOCUMENTED) == 8
+    assert len(DOCUMENTED) == 13

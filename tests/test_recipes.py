@@ -3,6 +3,7 @@
 import json
 import os
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,8 @@ def test_each_recipe_is_run_here():
         "quickstart", "quickstart_rotated", "quickstart_classifier", "quickstart_segmentation", "ld_coco",
         "ld_coco_mini", "ld_bccd", "ld_dota", "ld_hit_uav", "kd_cifar10", "token_labeling_sign_digits",
         "token_labeling_imagenet", "l2g_coco_crops", "l2g_voc", "fakemix_trans10k", "fakemix_camvid",
-        "fakemix_trans_coco", "autospace_cifar10", "lv_bert_banking77",
+        "fakemix_trans_coco", "autospace_cifar10", "lv_bert_banking77", "ld_mmdet_gfl", "fcos_torchvision",
+        "query_kd_transformers", "kd_timm_transformers",
     }  # fmt: skip
 
 
@@ -274,3 +276,59 @@ def test_ld_coco_at_the_size_of_a_test(tmp_path, data, monkeypatch):
     )
     assert table["teacher"]["parameters"] == 51_432_665
     assert table["distilled"]["parameters"] == 19_420_889
+
+
+#: in place of COCO, which is not there
+SCENES = ["data={kind: scenes, train: 8, val: 4, test: 2, digits: [2, 4], size: 64, batch: 4, workers: 0}"]
+
+
+def test_ld_mmdet_gfl_with_narrow_detectors(tmp_path, monkeypatch):
+    if find_spec("mmdet") is None or find_spec("mmcv") is None:
+        pytest.skip("needs mmdet, mmengine and mmcv-lite")
+    monkeypatch.setenv("COCO", "none")
+    monkeypatch.setenv("GFL_R101", "none")
+    narrow = "backbone.base_channels: 8, neck.in_channels: [8, 16, 32, 64], neck.out_channels: 64, "
+    narrow += "bbox_head.in_channels: 64, bbox_head.feat_channels: 64, backbone.depth: 18, "
+    narrow += "backbone.frozen_stages: -1, backbone.norm_eval: false"
+    small = [*SCENES, "teacher.checkpoint=null", "teacher.train={}", "student.pretrained=false"]
+    small += [f"teacher.set={{{narrow}}}", f"student.set={{{narrow}}}", "train.schedule.warmup=0"]
+    table = _run("ld_mmdet_gfl", tmp_path, *small)
+    assert list(table) == ["teacher", "student", "distilled"]
+
+
+def test_fcos_torchvision_with_a_small_teacher(tmp_path, monkeypatch):
+    monkeypatch.setenv("COCO", "none")
+    monkeypatch.setenv("FCOS_R101", "none")
+    small = [*SCENES, "teacher.checkpoint=null", "teacher.train={}", "teacher.backbone=resnet34"]
+    table = _run("fcos_torchvision", tmp_path, *small, "student.pretrained=false", "train.schedule.warmup=0")
+    assert table["teacher"]["parameters"] > table["distilled"]["parameters"]
+
+
+def test_query_kd_transformers_from_weights_that_were_saved(tmp_path, monkeypatch):
+    models = pytest.importorskip("tests.hugging_models", reason="needs transformers")
+    models.rt_detr().save_pretrained(tmp_path / "teacher")
+    monkeypatch.setenv("COCO", "none")
+    monkeypatch.setenv("RT_DETR", str(tmp_path / "teacher"))
+    tiny = "d_model: 32, num_queries: 12, encoder_hidden_dim: 32, decoder_in_channels: [32, 32, 32], "
+    tiny += "decoder_layers: 1, encoder_ffn_dim: 32, decoder_ffn_dim: 32, encoder_in_channels: [16, 32, 64], "
+    tiny += "backbone_config: {model_type: rt_detr_resnet, layer_type: basic, depths: [1, 1, 1, 1], "
+    tiny += "hidden_sizes: [8, 16, 32, 64], embedding_size: 8, out_features: [stage2, stage3, stage4]}"
+    small = [*SCENES, f"student.options={{{tiny}}}", "train.schedule.warmup=0"]
+    table = _run("query_kd_transformers", tmp_path, *small)
+    assert list(table) == ["teacher", "student", "distilled"]
+
+
+def test_ld_ultralytics_with_a_small_teacher(tmp_path, monkeypatch):
+    pytest.importorskip("ultralytics")
+    monkeypatch.setenv("COCO", "none")
+    monkeypatch.setenv("YOLO11M", "none")
+    small = [*SCENES, "teacher.checkpoint=null", "teacher.train={}", "teacher.model=yolov8n.yaml"]
+    table = _run("ld_ultralytics", tmp_path, *small, "train.schedule.warmup=0")
+    assert table["teacher"]["parameters"] == 3_012_798
+    assert table["distilled"]["parameters"] == 2_591_790
+
+
+def test_kd_timm_transformers(tmp_path):
+    pytest.importorskip("transformers")
+    few = ["data.train=256", "data.val=16", "data.test=16", "data.workers=0", "teacher.train={epochs: 1}"]
+    assert list(_run("kd_timm_transformers", tmp_path, *few)) == ["teacher", "student", "distilled"]

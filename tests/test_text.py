@@ -38,7 +38,14 @@ VOCABULARY = Vocabulary([*SPECIAL, "the", "cat", "sat", "##s", "dog", "a"])
 
 
 def test_pieces_of_words():
-    assert VOCABULARY.tokens(VOCABULARY.encode(["The cats SAT, ok"])[0]) == ["the", "cat", "##s", "sat", "[UNK]", "[UNK]"]
+    assert VOCABULARY.tokens(VOCABULARY.encode(["The cats SAT, ok"])[0]) == [
+        "the",
+        "cat",
+        "##s",
+        "sat",
+        "[UNK]",
+        "[UNK]",
+    ]
     assert (VOCABULARY.pad, VOCABULARY.start, VOCABULARY.end, VOCABULARY.mask) == (0, 2, 3, 4)
 
 
@@ -117,9 +124,10 @@ def test_files_are_read_once_and_a_killed_reading_goes_on(tmp_path, monkeypatch)
         return encode(self, texts)
 
     encode = Vocabulary.encode
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Vocabulary, "encode", counted)
-        write_tokens(files, VOCABULARY, tmp_path / "tokens")
+        with pytest.raises(KeyboardInterrupt):
+            write_tokens(files, VOCABULARY, tmp_path / "tokens")
     read.clear()
     monkeypatch.setattr(Vocabulary, "encode", lambda self, texts: read.extend(texts) or encode(self, texts))
     index = write_tokens(files, VOCABULARY, tmp_path / "tokens")
@@ -153,7 +161,7 @@ def test_texts_that_cannot_be_read(tmp_path):
 FILES = {
     "cola": "gj04\t1\t\tthe cat sat\ngj04\t0\t*\tsat the cat\n",
     "sst2": "sentence\tlabel\nthe cat \t1\na dog\t0\n",
-    "mrpc": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tthe \"cat\t a cat\n0\t7\t9\tthe cat\ta dog\n",
+    "mrpc": 'Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tthe "cat\t a cat\n0\t7\t9\tthe cat\ta dog\n',
     "stsb": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
     "0\tx\tx\tx\tx\tx\tx\tthe cat\ta cat\t5.000\n1\tx\tx\tx\tx\tx\tx\tthe dog\ta cat\t1.25\n",
     "qqp": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n0\t1\t2\tthe cat\ta cat\t1\n",
@@ -384,7 +392,9 @@ train: {epochs: 2, optimizer: {kind: adamw, lr: 5e-3, layer_decay: 0.8}, schedul
 
 def recipe(tmp_path, *overrides, text=RECIPE):
     for name in ("train", "val"):
-        rows = [f"{label}\t{a} {b} {label}" for label in ("good", "bad") for a in ("a", "the") for b in ("film", "play")]
+        rows = [
+            f"{label}\t{a} {b} {label}" for label in ("good", "bad") for a in ("a", "the") for b in ("film", "play")
+        ]
         (tmp_path / f"{name}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     file = tmp_path / "small.yaml"
     file.write_text(text.replace("TRAIN", f"{tmp_path}/train.tsv").replace("VAL", f"{tmp_path}/val.tsv"))
@@ -414,7 +424,8 @@ def test_pretrained_weights_and_regressions(tmp_path):
         (tmp_path / file).write_text(FILES["stsb"] + "2\tx\tx\tx\tx\tx\tx\ta cat\ta dog\t2.0\n", encoding="utf-8")
     VOCABULARY.write(tmp_path / "vocab.txt")
     (tmp_path / "sts.yaml").write_text(
-        f"task: text\ndata: {{kind: glue, root: {tmp_path}, task: stsb, vocabulary: {tmp_path}/vocab.txt, length: 16}}\n"
+        f"task: text\ndata: {{kind: glue, root: {tmp_path}, task: stsb, vocabulary: {tmp_path}/vocab.txt, length: 16}}"
+        "\n"
         f"student: {{kind: transformers, pretrained: {tmp_path}/weights}}\n"
         "train: {epochs: 1, schedule: {kind: constant, warmup: 0}}\n"
     )
@@ -426,20 +437,22 @@ def test_pretrained_weights_and_regressions(tmp_path):
 def test_recipes_that_cannot_be_run(tmp_path):
     with pytest.raises(RunError, match="layer_order has 3 layers; give an even number"):
         run(recipe(tmp_path, "student.options.layer_order=[0,1,2]"), console=Console(quiet=True))
-    with pytest.raises(RunError, match="knows 20 words, data.vocabulary has"):
+    with pytest.raises(RunError, match=r"knows 20 words, data.vocabulary has"):
         run(recipe(tmp_path, "teacher.options.vocab_size=20"), console=Console(quiet=True), fresh=True)
     with pytest.raises(RecipeError, match="the vocabulary is learned from it"):
-        recipe(tmp_path, 'compare=[{row: half, data: {train: half.tsv}}]')
+        recipe(tmp_path, "compare=[{row: half, data: {train: half.tsv}}]")
     with pytest.raises(RecipeError, match="is one for all rows"):
         recipe(tmp_path, "compare=[{row: other, data: {vocabulary: 70}}]")
     bad = recipe(tmp_path, "data.labels=[good, fair]")
     with pytest.raises(TextError, match=r"val.tsv:5: the label 'bad' is none of the task's: good, fair"):
         run(bad, console=Console(quiet=True))
-    with pytest.raises(RecipeError, match="is test, but data.test is not given"):
+    with pytest.raises(RecipeError, match=r"is test, but data.test is not given"):
         recipe(tmp_path, "evaluate.split=test")
 
 
-@pytest.mark.skipif("DISTILLKIT_DATA" not in os.environ, reason="set DISTILLKIT_DATA to the folder that holds text_mini")
+@pytest.mark.skipif(
+    "DISTILLKIT_DATA" not in os.environ, reason="set DISTILLKIT_DATA to the folder that holds text_mini"
+)
 def test_the_real_files_are_read():
     root = Path(os.environ["DISTILLKIT_DATA"]) / "text_mini"
     labels = tuple(lines_of(root / "banking77" / "labels.txt"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor, nn
 from torchvision.io import write_png
 
@@ -27,6 +28,10 @@ from distillkit.data.scenes import Scenes
 from distillkit.data.transforms import Resize
 from distillkit.integrations.ultralytics import REST, Distillation, distilled, pictures
 from distillkit.models.gfl import GFL
+from distillkit.recipe import RecipeError, load
+from distillkit.training import build
+from distillkit.training.build import ultralytics_models
+from distillkit.training.errors import RunError
 
 pytest.importorskip("ultralytics", reason="pip install ultralytics (AGPL)")
 
@@ -541,3 +546,54 @@ def test_the_class_can_be_sent_to_the_processes_that_its_trainer_starts():
     assert issubclass(there, DetectionTrainer)
     assert there.distillers[0].name == "ld_main"
     assert list(there.teacher.state_dict()) == list(trainer.teacher.state_dict())
+
+
+# ---- in recipes
+
+
+def recipe(folder: Path, **student):
+    raw = {"name": "mine", "student": {"kind": "ultralytics", **student}}
+    raw["data"] = {"kind": "scenes", "train": 8, "val": 4, "test": 2, "digits": [2, 4], "size": SIDE, "batch": 4}
+    (folder / "mine.yaml").write_text(yaml.safe_dump(raw))
+    return load(folder / "mine.yaml", [f"output={folder / 'runs'}"])
+
+
+def test_models_of_recipes_are_the_packages_own(tmp_path, monkeypatch):
+    def said(name: str) -> str:
+        (tmp_path / name).write_text("nc: 3\nactivation: exit('code of a yaml was run')\n")  # beside the recipe
+        found = recipe(tmp_path, model=name)
+        with pytest.raises(RunError) as error:
+            build.build_model(found.student, 3, found.evaluate)
+        return str(error.value)
+
+    names = {name: list(yolo(name).state_dict()) for name in ("yolo11n", "yolov9t", "yolov8n-p2")}
+    monkeypatch.chdir(tmp_path)
+    assert "ultralytics has no 'yolo13n.yaml'; nearest: yolov10n.yaml" in said("yolo13n.yaml")
+    assert "expected a name as yolo11n.yaml" in said("mine-n.yaml")
+    assert "has the head Segment" in said("yolo11n-seg.yaml")
+    assert "comes at several scales: say which, yolo11n.yaml, yolo11s.yaml" in said("yolo11.yaml")
+    for name in ("/tmp/yolo11n.yaml", "../yolo11n.yaml", "yolo11n.pt", "a/yolo11n.yaml", "https://there/yolo11n.yaml"):
+        with pytest.raises(RecipeError, match="expected a name of ultralytics' own"):
+            recipe(tmp_path, model=name)
+    (tmp_path / "yolo11n.yaml").write_text("nc: 3\nactivation: exit('code of a yaml was run')\n")
+    for name, keys in names.items():
+        found = recipe(tmp_path, model=f"{name}.yaml")
+        model = build.build_model(found.student, ["a", "b", "c"], found.evaluate)
+        assert list(model.state_dict()) == keys
+        assert model.names == {0: "a", 1: "b", 2: "c"}
+        assert adapter_for(model).inference.iou == found.evaluate.iou
+    monkeypatch.setattr(ultralytics_models, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"ultralytics is not installed: pip install .*AGPL"):
+        build.build_model(found.student, 3, found.evaluate)
+
+
+def test_weights_of_recipes_run_no_code(tmp_path):
+    model = yolo("yolo11n", seed=3)
+    torch.save({"model": model}, tmp_path / "published.pt")
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    found = recipe(tmp_path, model="yolo11n.yaml", checkpoint=str(tmp_path / "published.pt"))
+    with pytest.raises(RunError, match=r"published\.pt: a .pt of ultralytics holds code.*'published\.pth'"):
+        build.build_model(found.student, 3, found.evaluate)
+    found = recipe(tmp_path, model="yolo11n.yaml", checkpoint=str(tmp_path / "weights.pth"))
+    for name, value in build.build_model(found.student, 3, found.evaluate).state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name

@@ -54,6 +54,7 @@ class Ultralytics(Adapter):
     Pictures are RGB in 0..1, as its trainer gives them, and are not normalised further.
     """
 
+    form = "model(batch)"
     #: whether its losses come multiplied by the pictures of a batch; RT-DETR's and a classifier's do not
     grows_with_batch = False
 

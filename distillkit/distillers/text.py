@@ -81,9 +81,10 @@ class AttentionMaps(Distiller):
         loss = sum over pairs of layers of mean over (real tokens, heads) of KL(teacher's weights || student's)
 
     Args:
-        student_at, teacher_at: module paths of attention weights, (B, heads, T, T), as in "lvbert.layers.2.attention[1]"
-            or "bert.encoder.layer.0.attention.self[1]", of models with ``attn_implementation="eager"``.
-        heads: ``mean``: over the heads of either side, whose numbers may then differ; ``each``: head by head, as MiniLM.
+        student_at, teacher_at: module paths of attention weights, (B, heads, T, T), of models with
+            ``attn_implementation="eager"``: "lvbert.layers.2.attention[1]", "bert.encoder.layer.0.attention.self[1]".
+        heads: ``mean``: over the heads of either side, whose numbers may then differ; ``each``: head by head, as in
+            MiniLM.
         weight, teacher, name: as in ``Distiller``.
 
     Reads:

@@ -83,6 +83,8 @@ from distillkit.schema.models import (
     TorchvisionTeacher,
     TransformersModel,
     TransformersTeacher,
+    UltralyticsModel,
+    UltralyticsTeacher,
 )
 from distillkit.schema.search import MacroNetwork, NetworkSearch, Search, SpaceSearch
 from distillkit.schema.tasks import (
@@ -253,6 +255,8 @@ __all__ = [
     "TransformersModel",
     "TransformersTeacher",
     "TsvData",
+    "UltralyticsModel",
+    "UltralyticsTeacher",
     "VocData",
     "VocLabelData",
     "VocMaskData",

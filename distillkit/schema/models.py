@@ -294,6 +294,26 @@ class TransformersModel(Strict):
         return self
 
 
+class UltralyticsModel(Strict):
+    """A detection model of ultralytics as it comes; pip install "ultralytics>=8.4", which is under the AGPL-3.0."""
+
+    kind: Literal["ultralytics"]
+    model: str
+    """One of the package's own, with its scale, as yolo11n.yaml or yolov8s.yaml."""
+    checkpoint: str | None = None
+    """Weights of the whole model: safetensors, or a state dict that torch.save wrote; a published .pt holds code."""
+
+    @model_validator(mode="after")
+    def _of_the_package(self) -> Self:
+        """A yaml of ultralytics is evaluated as it is read: only those that are installed with it are."""
+        if not re.fullmatch(r"[\w-]+\.yaml", self.model):
+            raise ValueError(
+                f"model: expected a name of ultralytics' own, as yolo11n.yaml, got {self.model!r}; paths have no place "
+                "here, and weights are named by checkpoint"
+            )
+        return self
+
+
 class CustomModel(Strict):
     """A model that a package registered with `distillkit.register_model`."""
 
@@ -371,16 +391,26 @@ class TransformersTeacher(TransformersModel, TeacherExtras):
     __doc__ = TransformersModel.__doc__
 
 
+class UltralyticsTeacher(UltralyticsModel, TeacherExtras):
+    __doc__ = UltralyticsModel.__doc__
+
+
 class CustomTeacher(CustomModel, TeacherExtras):
     __doc__ = CustomModel.__doc__
 
 
 Model = Annotated[
-    GFLModel | NanoDetModel | MMDetModel | TorchvisionModel | TransformersModel | CustomModel,
+    GFLModel | NanoDetModel | MMDetModel | TorchvisionModel | TransformersModel | UltralyticsModel | CustomModel,
     Field(discriminator="kind"),
 ]
 TeacherModel = Annotated[
-    GFLTeacher | NanoDetTeacher | MMDetTeacher | TorchvisionTeacher | TransformersTeacher | CustomTeacher,
+    GFLTeacher
+    | NanoDetTeacher
+    | MMDetTeacher
+    | TorchvisionTeacher
+    | TransformersTeacher
+    | UltralyticsTeacher
+    | CustomTeacher,
     Field(discriminator="kind"),
 ]
 RotatedModel = Annotated[

@@ -59,6 +59,8 @@ from distillkit.schema.models import (
     TorchvisionTeacher,
     TransformersModel,
     TransformersTeacher,
+    UltralyticsModel,
+    UltralyticsTeacher,
 )
 from distillkit.schema.search import Search
 from distillkit.schema.text import EvaluateTexts, GlueData, TextData, TextDistiller, TextModel, TextTeacherModel
@@ -302,8 +304,9 @@ class TextRecipe(_Recipe):
     def scores(self) -> tuple[str, ...]:
         """Those of the task, and their mean where there are several; GLUE's are known behind the schema."""
         if isinstance(self.data, GlueData):
-            of_task = {"cola": ("matthews",), "stsb": ("pearson", "spearman")}
-            names = of_task.get(self.data.task, ("accuracy", "f1") if self.data.task in ("mrpc", "qqp") else ("accuracy",))
+            both, related = ("accuracy", "f1"), ("pearson", "spearman")
+            of_task = {"cola": ("matthews",), "stsb": related, "mrpc": both, "qqp": both}
+            names = of_task.get(self.data.task, ("accuracy",))
         else:
             names = tuple(self.data.metrics)
         return names if len(names) == 1 else ("score", *names)
@@ -362,6 +365,7 @@ AnyModel = (
     | MMRotateModel
     | TorchvisionModel
     | TransformersModel
+    | UltralyticsModel
     | CustomModel
 )
 AnyTeacher = (
@@ -377,6 +381,7 @@ AnyTeacher = (
     | MMRotateTeacher
     | TorchvisionTeacher
     | TransformersTeacher
+    | UltralyticsTeacher
     | CustomTeacher
 )
 AnyDistiller = Distiller | ClassDistiller | MaskDistiller | WeakDistiller | TextDistiller

@@ -100,9 +100,7 @@ class Corpus:
     Raises TextError: fewer tokens than one sample has.
     """
 
-    def __init__(
-        self, index: str | Path, vocabulary: Vocabulary, length: int = 128, seed: int = 0, shift: bool = True
-    ):
+    def __init__(self, index: str | Path, vocabulary: Vocabulary, length: int = 128, seed: int = 0, shift: bool = True):
         said = json.loads(Path(index).read_text(encoding="utf-8"))
         if said["pieces"] != len(vocabulary):
             raise TextError(f"{index}: written with {said['pieces']} pieces, the vocabulary has {len(vocabulary)}")

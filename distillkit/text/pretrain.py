@@ -108,9 +108,7 @@ def pretrain(how: Pretraining, folder: str | Path, console: Console | None = Non
 
 
 def build_electra(how: Pretraining) -> Electra:
-    return Electra(
-        how.config, how.data.vocabulary, how.share, how.supernet, how.mask, convention=how.convention
-    )
+    return Electra(how.config, how.data.vocabulary, how.share, how.supernet, how.mask, convention=how.convention)
 
 
 def judged_batches(how: Pretraining) -> list[Tensor]:
@@ -131,4 +129,3 @@ def release_adam(train: Train) -> Train:
     """The same training with Adam as published: without the correction for its averages' start at 0."""
     changed = train.optimizer.model_copy(update={"bias_correction": False})
     return train.model_copy(update={"optimizer": changed})
-

@@ -10,9 +10,9 @@ generations are those of the usual single-path searches.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from torch import Tensor
@@ -36,17 +36,17 @@ class OrderSpace:
         check_order([0] * layers, "an order")
         self.layers, self.rate = layers, rate
 
-    def random(self, rng: random.Random) -> Order:
+    def random(self, rng: Random) -> Order:
         return tuple(rng.randrange(len(TYPES)) for _ in range(self.layers))
 
-    def mutate(self, genome: Order, rng: random.Random) -> Order:
+    def mutate(self, genome: Order, rng: Random) -> Order:
         sure = rng.randrange(self.layers)
         return tuple(
             rng.choice([other for other in TYPES if other != kind]) if i == sure or rng.random() < self.rate else kind
             for i, kind in enumerate(genome)
         )
 
-    def crossover(self, a: Order, b: Order, rng: random.Random) -> Order:
+    def crossover(self, a: Order, b: Order, rng: Random) -> Order:
         """At one point, or layer by layer, as often the one as the other."""
         if rng.random() < 0.5:
             cut = rng.randrange(1, self.layers)

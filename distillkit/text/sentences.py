@@ -146,7 +146,9 @@ def read_rows(path: str | Path, label: int | str, texts: Sequence[int | str], he
         cells = line.split("\t")
         if len(cells) <= max(columns):
             raise TextError(f"{path}:{number}: {len(cells)} columns, expected at least {max(columns) + 1}, by tabs")
-        rows.append(Sentence(tuple(cells[c].strip() for c in columns[1:]), cells[columns[0]].strip(), f"{path}:{number}"))
+        rows.append(
+            Sentence(tuple(cells[c].strip() for c in columns[1:]), cells[columns[0]].strip(), f"{path}:{number}")
+        )
     if not rows:
         raise TextError(f"{path}: the file is empty: it has no row")
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -38,9 +39,7 @@ class Vocabulary:
             twice = Counter(self.pieces).most_common(1)[0][0]
             raise TextError(f"{where}: the piece {twice!r} comes twice")
         self.pad, self.unknown, self.start, self.end, self.mask = (self.numbers[name] for name in SPECIAL)
-        self.tokenizer = Tokenizer(
-            models.WordPiece(self.numbers, unk_token=UNKNOWN, max_input_chars_per_word=LONGEST)
-        )
+        self.tokenizer = Tokenizer(models.WordPiece(self.numbers, unk_token=UNKNOWN, max_input_chars_per_word=LONGEST))
         self.tokenizer.normalizer, self.tokenizer.pre_tokenizer = _cleaning(), pre_tokenizers.BertPreTokenizer()
 
     @classmethod
@@ -125,7 +124,7 @@ class _Pairs:
 
     def _add(self, i: int, pieces: list[str], sign: int) -> set[tuple[str, str]]:
         pairs = set()
-        for pair in zip(pieces, pieces[1:], strict=False):
+        for pair in pairwise(pieces):
             self.often[pair] += sign * self.counts[i]
             if sign > 0:
                 self.where.setdefault(pair, set()).add(i)

@@ -45,8 +45,8 @@ def _dense(student: nn.Module, recipe: BoxRecipe) -> tuple[Dense, Tensor]:
     for package in ("mmdet", "mmrotate", "torchvision", "transformers", "ultralytics"):
         if comes_from(student, f"{package}."):
             raise RunError(
-                f"{type(student).__name__} is {package}'s: torch-export and onnx hold the dense part of distillkit's own "
-                f"detectors alone. Export safetensors, load it into the model that {package} builds, and use that "
+                f"{type(student).__name__} is {package}'s: torch-export and onnx hold the dense part of distillkit's "
+                f"own detectors alone. Export safetensors, load it into the model that {package} builds, and use that "
                 "package's own way of exporting"
             )
     missing = [name for name in ("forward_raw", "strides", "bins", "centre", "inference") if not hasattr(student, name)]

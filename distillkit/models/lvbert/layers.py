@@ -1,7 +1,7 @@
 """The three types of layers of LV-BERT: dynamic convolution, self-attention, feed-forward.
 
-Each is post-norm, x <- LayerNorm(x + Dropout(f(x))), from (B, T, D) to (B, T, D), and is called with ``keep``, (B, T, 1)
-of ones and zeros, 0 at padding, or None where there is none. They need torch alone.
+Each is post-norm, x <- LayerNorm(x + Dropout(f(x))), from (B, T, D) to (B, T, D), and is called with ``keep``,
+(B, T, 1) of ones and zeros, 0 at padding, or None where there is none. They need torch alone.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class LVBertConvolution(LVBertLayer):
         o[t] = sum over i of w[t, i] * v[t + i - K // 2]                     a head's channels share its kernel
 
     The depthwise and the pointwise convolution have nothing between them. A kernel is made of the K gated values around
-    its position, the same that it then weighs, and not of that position alone as in the original dynamic convolution (Wu
-    et al., arXiv:1901.10430).
+    its position, the same that it then weighs, and not of that position alone as in the original dynamic convolution
+    (Wu et al., arXiv:1901.10430).
 
     Padding: v is zero there, as it is beyond the ends; ``convention="release"`` of the config leaves what it is.
     """

@@ -52,6 +52,8 @@ class LVBertPreTrainedModel(PreTrainedModel):
     config_class = LVBertConfig
     base_model_prefix = "lvbert"
     _supports_sdpa = True
+    #: heads that an encoder was pretrained with
+    _keys_to_ignore_on_load_unexpected = (r"^predictions\.", r"^dense\.", r"^replaced\.")  # type: ignore[assignment]
     _no_split_modules = ("LVBertConvolution", "LVBertSelfAttention", "LVBertFeedForward")  # type: ignore[assignment]
 
     @torch.no_grad()
@@ -162,7 +164,7 @@ class _Weights:
 
     def __enter__(self) -> None:
         if self.wanted:
-            attention = [layer.attention for layer in self.model.path() if hasattr(layer, "attention")]
+            attention: list[Any] = [layer.attention for layer in self.model.path() if hasattr(layer, "attention")]
             self.hooks = [m.register_forward_hook(lambda _, __, out: self.seen.append(out[1])) for m in attention]
 
     def __exit__(self, *_: Any) -> None:

@@ -24,9 +24,7 @@ class LVBertSupernet(LVBertModel):
     order: tuple[int, ...]
 
     def build_layers(self, config: LVBertConfig) -> None:
-        self.layers = nn.ModuleList(
-            nn.ModuleList(layer_of(kind, config) for kind in TYPES) for _ in config.layer_order
-        )
+        self.layers = nn.ModuleList(nn.ModuleList(layer_of(kind, config) for kind in TYPES) for _ in config.layer_order)
         self.order = tuple(config.layer_order)
 
     def path(self) -> Iterable[nn.Module]:
@@ -42,7 +40,9 @@ class LVBertSupernet(LVBertModel):
     def inherited(self, order: Sequence[int]) -> LVBertModel:
         """The network of one order, with the weights that it has here."""
         checked = check_order(order, "order")
-        single = LVBertModel(LVBertConfig(**{**self.config.to_dict(), "layer_order": checked, "num_hidden_layers": None}))
+        single = LVBertModel(
+            LVBertConfig(**{**self.config.to_dict(), "layer_order": checked, "num_hidden_layers": None})
+        )
         here = self.state_dict()
         single.load_state_dict({name: here[_chosen(name, checked)] for name in single.state_dict()})
         return single.train(self.training)

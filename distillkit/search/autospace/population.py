@@ -2,8 +2,8 @@
 
 Our choices where the paper is silent (arXiv:2103.11833; the caption of its figure has K = 4 and a random beginning,
 which the reference graph changes): 64 cells a layer, the references and random local mutations of them; tournaments
-of 8; half of the drawn cells mutated; a child starts from its parent's score. No two cells of a layer compute the same, and
-the K that run side by side differ.
+of 8; half of the drawn cells mutated; a child starts from its parent's score. No two cells of a layer compute the
+same, and the K that run side by side differ.
 """
 
 from __future__ import annotations

@@ -107,6 +107,7 @@ def check_frozen(config: OpenMMLabModel) -> None:
     if config.pretrained or config.checkpoint is not None:
         return
     model = _changed(config)
+    _check(model)
     backbone = model.get("backbone")
     frozen = backbone.get("frozen_stages", -1) if isinstance(backbone, dict) else -1
     if isinstance(frozen, int) and frozen >= 0:

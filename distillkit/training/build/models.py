@@ -32,6 +32,7 @@ from distillkit.training.build.torchvision_models import other_head as other_tor
 from distillkit.training.build.torchvision_models import torchvision_model
 from distillkit.training.build.transformers_models import other_head as other_transformers_head
 from distillkit.training.build.transformers_models import transformers_model
+from distillkit.training.build.ultralytics_models import ultralytics_model
 from distillkit.training.errors import RunError
 
 
@@ -71,6 +72,8 @@ def _built(
         return torchvision_model(config, classes, evaluate, size)
     if isinstance(config, schema.TransformersModel):
         return transformers_model(config, named, evaluate, size)
+    if isinstance(config, schema.UltralyticsModel):
+        return ultralytics_model(config, named, evaluate)
     return _own(config, classes)
 
 
@@ -170,6 +173,12 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         load_openmmlab(model, path)
     elif comes_from(model, "mmdet."):
         openmmlab.load(model, path)
+    elif comes_from(model, "ultralytics.nn.") and path.suffix == ".pt":
+        raise RunError(
+            f"{path}: a .pt of ultralytics holds code, which a recipe never runs. Make a state dict of it, once: "
+            "python -c \"import torch; from ultralytics import YOLO; "
+            f"torch.save(YOLO('{path.name}').model.float().state_dict(), '{path.stem}.pth')\""
+        )
     else:
         weights = read_weights(path)
         explain_mismatch(path, model.state_dict(), weights)

@@ -22,7 +22,12 @@ def build(recipe: schema.TextRecipe, split: str, augmented: bool) -> Any:
     from distillkit.text.sentences import Sentences
 
     rows = _rows(recipe, split)
-    if augmented and isinstance(recipe.data, schema.GlueData) and recipe.data.doubled and GLUE[recipe.data.task].doubled:
+    if (
+        augmented
+        and isinstance(recipe.data, schema.GlueData)
+        and recipe.data.doubled
+        and GLUE[recipe.data.task].doubled
+    ):
         rows = both_ways(rows)
     return Sentences(rows, task_of(recipe), vocabulary_of(recipe), recipe.data.length)
 

@@ -11,6 +11,8 @@ from torch import nn
 from torchvision import models
 from torchvision.models import detection, segmentation
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from distillkit import schema
@@ -25,6 +27,13 @@ _PYRAMIDS: dict[str, tuple[Callable[..., nn.Module], list[int]]] = {
     "fcos_resnet50_fpn": (detection.FCOS, [2, 3, 4]),
     "retinanet_resnet50_fpn": (detection.RetinaNet, [2, 3, 4]),
     "fasterrcnn_resnet50_fpn": (detection.FasterRCNN, [1, 2, 3, 4]),
+}
+#: the class of a detector, by how its name begins
+_KINDS: dict[str, Callable[..., nn.Module]] = {
+    "fcos": detection.FCOS,
+    "retinanet": detection.RetinaNet,
+    "fasterrcnn": detection.FasterRCNN,
+    "ssd": SSD,
 }
 #: detectors that learn more of an object than its box, which the data do not say
 _MORE = {"maskrcnn": "masks", "keypointrcnn": "key points"}
@@ -67,6 +76,7 @@ def _detector(
     for name, what in _MORE.items():
         if config.model.startswith(name):
             raise RunError(f"{config.model} learns {what}, and the data have boxes: use fasterrcnn_resnet50_fpn")
+    _check_options(config)
     sizes: dict[str, Any] = {}
     if size is not None and "ssd" not in config.model:
         sizes = {"min_size": min(size), "max_size": max(size)}
@@ -137,19 +147,18 @@ def _built(config: schema.TorchvisionModel, build: Callable[..., nn.Module], cla
     try:
         return build(num_classes=classes, **config.options)
     except (TypeError, ValueError) as error:
-        known = _options(config.model)
-        for key in config.options:
-            if key in str(error) and key not in known:
-                raise RunError(f"options: {config.model} takes no {key!r}{_near(key, known)}") from error
-        raise RunError(f"{config.model} cannot be built: {error}") from error
+        raise RunError(f"{config.model} cannot be built with these options: {error}") from error
 
 
-def _options(name: str) -> list[str]:
-    """What a builder, and the classes it builds, take."""
-    builder = models.get_model_builder(name)
-    kinds = [builder, *(kind for model, (kind, _) in _PYRAMIDS.items() if name.startswith(model.split("_")[0]))]
-    names = dict.fromkeys(name for kind in kinds for name in inspect.signature(kind).parameters)
-    return [name for name in names if name not in ("weights", "weights_backbone", "progress", "kwargs", "num_classes")]
+def _check_options(config: schema.TorchvisionModel) -> None:
+    """Raises RunError for an option that no part of a detector takes: its transform would swallow it."""
+    kind = next(kind for start, kind in _KINDS.items() if config.model.startswith(start))
+    parts = (models.get_model_builder(config.model), kind, GeneralizedRCNNTransform)
+    named = dict.fromkeys(name for part in parts for name in inspect.signature(part).parameters)
+    known = [name for name in named if name not in ("weights", "weights_backbone", "progress", "kwargs", "num_classes")]
+    for key in config.options:
+        if key not in known:
+            raise RunError(f"options: {config.model} takes no {key!r}{_near(key, known)}")
 
 
 def _check_name(name: str, task: str) -> None:

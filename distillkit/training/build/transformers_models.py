@@ -70,7 +70,7 @@ def transformers_model(
         _check_order(config, said, classes)
         try:
             model = _weighted(config, kind, built) if config.pretrained else kind(built)
-        except (ValueError, TypeError, AttributeError, OSError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, OSError, KeyError, RuntimeError) as error:
             raise RunError(f"transformers cannot build this {kind.__name__}: {error}") from error
     return with_adapter(model, _adapter(config, model, evaluate))
 
@@ -190,8 +190,10 @@ def _config(described: dict[str, Any], classes: int | Sequence[str], chosen: dic
 
 
 #: keys that a fresh config need not have, which ones that are written by other versions and older ones may
-_ALSO = ("backbone", "backbone_config", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone", "image_size")
-_ALSO += ("attn_implementation", "_attn_implementation", "num_channels", "torch_dtype", "dtype", "is_hybrid")
+_ALSO = (
+    *("backbone", "backbone_config", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone", "image_size"),
+    *("attn_implementation", "_attn_implementation", "num_channels", "torch_dtype", "dtype", "is_hybrid"),
+)
 
 
 def _class_of(config: Any, task: str) -> Any:
@@ -222,7 +224,8 @@ def _check_order(config: schema.TransformersModel, said: list[str] | None, class
         raise RunError(
             f"pretrained: the weights of {config.pretrained} tell as many classes apart as the data have, and call "
             f"them otherwise, or have them in another order: {', '.join(said[:5])}, ... against "
-            f"{', '.join(classes[:5])}, ...; if they mean the same in the same order, say labels: ordered; else use config: instead of pretrained:"
+            f"{', '.join(classes[:5])}, ...; if they mean the same in the same order, say "
+            "labels: ordered; else say config: in place of pretrained:"
         )
 
 

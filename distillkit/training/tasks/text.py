@@ -128,7 +128,9 @@ def predict(recipe: TextRecipe, model: nn.Module, data: Classes, asked: Asked) -
 
     task, rows = task_of(recipe), []
     for path in asked.images:
-        sentences = [Sentence(tuple(line.split("\t")[:2]), "0", f"{path}:{i}") for i, line in enumerate(lines_of(path), 1)]
+        sentences = [
+            Sentence(tuple(line.split("\t")[:2]), "0", f"{path}:{i}") for i, line in enumerate(lines_of(path), 1)
+        ]
         samples = Sentences(sentences, TextTask(("0",)), vocabulary_of(recipe), recipe.data.length)
         for i, sentence in enumerate(sentences):
             ids, rest = padded([samples[0, i]])
