@@ -203,9 +203,10 @@ compare: [student, distilled]
 def candidate_cost(supernet: Any, how: Pretraining, batches: Sequence[torch.Tensor], times: int = 15) -> float:
     """CPU seconds to judge a candidate by inherited weights over those of its own network, the least of each."""
     alone = build_electra(Pretraining(**{**vars(how), "config": with_order(how.config, SEARCHED), "supernet": False}))
+    alone.eval(), supernet.eval()
     taken: dict[bool, list[float]] = {True: [], False: []}
-    for _ in range(times):
-        for net in (alone, supernet):
+    for i in range(times):
+        for net in (alone, supernet) if i % 2 else (supernet, alone):
             began = time.process_time()
             if net is supernet:
                 net.choose(SEARCHED)

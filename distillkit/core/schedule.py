@@ -66,6 +66,8 @@ class Weight:
         weight = self.at(step)
         if isinstance(weight, Tensor):
             return torch.where(weight == 0, torch.zeros_like(loss), weight * loss)
+        if weight == 1:
+            return loss
         return weight * loss if weight else torch.zeros_like(loss)
 
 

@@ -64,13 +64,13 @@ class InheritedAccuracy:
 
     "fitness" is the mean of the shares of masked tokens that the generator fills in rightly and of tokens of which the
     discriminator rightly says whether they were replaced; beside it stand both, and the losses. What is masked is the
-    same for all orders.
+    same for all orders. The supernet stays in eval mode.
     """
 
     def __init__(self, supernet: Electra, batches: Sequence[Tensor], seed: int = 0):
         if not supernet.supernet:
             raise ValueError("these networks have one order alone: pretrain with supernet=True")
-        self.supernet, self.batches, self.seed = supernet, list(batches), seed
+        self.supernet, self.batches, self.seed = supernet.eval(), list(batches), seed
 
     def __call__(self, order: Order) -> dict[str, float]:
         self.supernet.choose(order)
