@@ -975,6 +975,19 @@ def test_a_compiled_first_step_leaves_the_checks_to_the_first_eager_one():
         model(*batch())
 
 
+def test_a_teacher_may_share_an_activation_with_the_student_and_no_dropout():
+    """All models of ultralytics share their SiLU: its mode is that of whichever was set last, and means nothing."""
+    student, teacher = Net(), Net()
+    student.act = teacher.act = nn.SiLU()
+    x, y = batch()
+    assert distillkit.wrap(student, teacher, [KL()], criterion=nn.functional.cross_entropy).train()(x, y)["kl"] > 0
+    for module in (nn.Dropout(), nn.RReLU()):
+        student, teacher = Net(), Net()
+        student.act = teacher.act = module
+        with pytest.raises(TeacherModeError, match=type(module).__name__):
+            distillkit.wrap(student, teacher, [KL()], criterion=nn.functional.cross_entropy).train()(x, y)
+
+
 def test_amp_through_accelerate():
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
