@@ -276,7 +276,9 @@ def _wrong_weakly(raw: dict[str, Any]) -> Iterator[Wrong]:
 def _wrong_texts(raw: dict[str, Any]) -> Iterator[Wrong]:
     learned = not isinstance(_at(raw, "data", "vocabulary"), str)
     for i, row in _mappings(raw.get("compare")):
-        changed = row.get("data") if isinstance(row.get("data"), dict) else {}
+        changed = row.get("data")
+        if not isinstance(changed, dict):
+            continue
         if "vocabulary" in changed:
             yield ("compare", i, "data", "vocabulary"), "is one for all rows, and their teachers; leave it out"
         if learned and "train" in changed:

@@ -16,10 +16,10 @@ from torch.nn.functional import cross_entropy
 
 import distillkit
 from distillkit import DIST, DKD, AttentionTransfer, ClassLogits, Distiller, Features, HardToken, LogitKD, RelationalKD
+from distillkit.bench.counting import Dispatched
 from distillkit.core.errors import ViewError
 from distillkit.losses.dkd import decoupled_kl
 from distillkit.losses.relations import angles, pearson, relative_distances
-from distillkit.bench.counting import Dispatched
 
 B, C = 6, 5
 AT = {"student_at": "a", "teacher_at": "b"}

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms
 
+from distillkit.bench.counting import Dispatched
+from distillkit.bench.ranks import on_two_ranks
 from distillkit.boxes.fcos import FCOSMain, FCOSValuable
 from distillkit.boxes.maps import Maps
 from distillkit.boxes.merged import Merged
@@ -21,8 +23,6 @@ from distillkit.distillers.feature_imitation import FeatureImitation, best_apart
 from distillkit.distillers.ld import LD
 from distillkit.distillers.logit_kd import LogitKD
 from distillkit.distillers.self_ld import SelfLD
-from distillkit.bench.counting import Dispatched
-from distillkit.bench.ranks import on_two_ranks
 
 STRIDES, SIZES, PICTURE = (8, 16, 32), ((8, 10), (4, 5), (2, 3)), (64, 80)
 BOXES = [

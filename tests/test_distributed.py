@@ -25,9 +25,9 @@ from distillkit import (
     Valuable,
     Weight,
 )
+from distillkit.bench.ranks import RANKS, on_two_ranks
 from distillkit.core.errors import WrapError
 from distillkit.core.wrap import DistilledModel
-from distillkit.bench.ranks import RANKS, on_two_ranks
 from tests.test_adapters import detector, scene
 from tests.test_local_to_global import Cam, pictures
 from tests.tiny import MSE, Net, batch

@@ -24,6 +24,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from distillkit import cli
+from distillkit.bench.ranks import on_two_ranks
 from distillkit.data.label_store import (
     JOB,
     STOP,
@@ -40,7 +41,6 @@ from distillkit.training import label as module
 from distillkit.training import processes as processes_module
 from distillkit.training.errors import RunError
 from distillkit.training.label import Annotator, annotate, folder_labels, load_annotator
-from distillkit.bench.ranks import on_two_ranks
 
 GRID, CLASSES, SIZE = 4, 12, 32
 #: twelve pictures in shards of three: batches of two and one

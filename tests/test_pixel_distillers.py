@@ -21,13 +21,13 @@ from distillkit import ChannelKD, Distiller, Features, LogitKD, PairwiseKD, Pixe
 from distillkit.adapters import adapter_for
 from distillkit.adapters.classifier import Classifier
 from distillkit.adapters.segmenter import is_segmenter
+from distillkit.bench.counting import Dispatched
 from distillkit.core.errors import ViewError
 from distillkit.distillers import dense
 from distillkit.losses.pixels import near_borders, similarities
 from distillkit.losses.segmentation import IGNORE, SegmentationLoss
 from distillkit.models.deeplab import DeepLab
 from distillkit.models.fanet import FANet
-from distillkit.bench.counting import Dispatched
 
 B, C, H, W = 3, 4, 6, 5
 AT = {"student_at": "a", "teacher_at": "b"}

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from distillkit.bench.counting import Dispatched
 from distillkit.boxes import assign, regions
 from distillkit.boxes.assign import atss
 from distillkit.boxes.maps import Maps
 from distillkit.boxes.regions import Main, MainAndValuable, Valuable, matched, valuable_weight
 from distillkit.core.views import BoxTargets, DenseDetections
 from distillkit.losses.kl import kl_divergence
-from distillkit.bench.counting import Dispatched
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "ld_assign_a.npz")
 STRIDES = (8, 16, 32)

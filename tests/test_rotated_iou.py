@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distillkit.bench.counting import Dispatched
 from distillkit.boxes import rotated_iou
 from distillkit.boxes.iou import pairwise_iou
 from distillkit.boxes.rotated import upright
 from distillkit.boxes.rotated_iou import Over, aligned_rotated_iou, pairwise_rotated_iou
-from distillkit.bench.counting import Dispatched
 from tests.rotated_pairs import KINDS, by_shapely, some_boxes, some_pairs
 
 

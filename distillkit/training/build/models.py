@@ -176,7 +176,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     elif comes_from(model, "ultralytics.nn.") and path.suffix == ".pt":
         raise RunError(
             f"{path}: a .pt of ultralytics holds code, which a recipe never runs. Make a state dict of it, once: "
-            "python -c \"import torch; from ultralytics import YOLO; "
+            'python -c "import torch; from ultralytics import YOLO; '
             f"torch.save(YOLO('{path.name}').model.float().state_dict(), '{path.stem}.pth')\""
         )
     else:
