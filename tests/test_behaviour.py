@@ -3,12 +3,14 @@
 import importlib
 import inspect
 import logging
+from importlib.util import find_spec
 
 import pytest
+import torch
 from torch import nn
 
 from distillkit.bench import behaviour
-from distillkit.bench.behaviour import CONTENDERS, OURS, kit, ours, process, provoke, rows
+from distillkit.bench.behaviour import CONTENDERS, OURS, kit, ours, parallel, process, provoke, rows
 from distillkit.bench.behaviour.rows import BY_KEY, ROWS, Outcome
 from distillkit.bench.peers import Peer
 from distillkit.core.checks import check_reaches
@@ -222,6 +224,36 @@ def test_values_are_equal_relative_to_the_first():
     assert rows.equal({"1": 100.0, "2": 100.001}, 1e-4, "losses").ok
     grown = rows.equal({"1": 0.5, "2": 1.0, "4": 2.0}, 1e-4, "losses")
     assert grown == Outcome(False, "losses relative to the first: 1: 1, 2: 2, 4: 4")
+    assert rows.equal({"1": 0.5, "2": float("nan"), "4": 0.5}, 1e-4, "losses").ok is False
+    assert rows.equal({"1": 0.0, "2": 0.0}, 1e-4, "losses").broken, "nothing was distilled"
+
+
+def test_gradients_are_those_of_one_process_only_with_the_same_names_and_numbers(monkeypatch):
+    whole, nothing = {"a": torch.ones(2), "b": torch.ones(2)}, float("nan")
+
+    def judged(*halves):
+        monkeypatch.setattr(parallel, "gradient", lambda *args: whole)
+        return parallel._as_one([{"gradient": half, "error": ""} for half in halves], ours.KIT, {})
+
+    assert judged(whole, whole).ok
+    assert judged({"a": torch.ones(2)}, {"a": torch.ones(2)}).saw.endswith("in one process or in two: b")
+    lost = {"a": torch.ones(2), "b": torch.full((2,), nothing)}
+    assert judged(lost, lost).ok is False
+
+
+def test_nan_of_a_teacher_that_the_student_holds_is_not_counted_as_the_students(monkeypatch):
+    student, teacher = kit.Net(), kit.Net(1)
+    student.teacher = teacher
+
+    def start():
+        def forward(x, y):
+            loss = student(x).square().mean()
+            return loss, loss
+
+        return kit.Running(student, teacher, forward, student, student.train, kit.Net)
+
+    outcome = provoke.teacher_nan(kit.classifiers(start, lambda projection: start()))
+    assert outcome.saw == "60 steps without a word; 0 of the student's parameters are NaN"
 
 
 def test_a_long_message_is_cut_around_what_matters_and_has_no_folder():
@@ -267,7 +299,7 @@ def test_only_what_is_installed_is_asked(monkeypatch):
     result = behaviour.run(True, 2, lambda *what: told.append(what))
     assert asked == [OURS]
     assert all(check.ok for check in result.checks)
-    assert len(result.checks) == len(ROWS)
+    assert len(result.checks) == sum(not row.needs or find_spec(row.needs) is not None for row in ROWS)
     assert told[-1][1:] == (len(ROWS), len(ROWS))
     assert result.data[OURS]["unwrap"] == {"ok": True, "saw": "fine", "broken": False}
 
@@ -289,6 +321,15 @@ def test_checks_hold_distillkit_its_probes_and_the_faults_of_peers():
     assert failed[f"behaviour, distillkit: {BY_KEY['unwrap'].asks}"] == "its keys are others"
     assert any(name.startswith("behaviour, the probe unwrap of nvidia-modelopt") for name in failed)
     assert "handled" in failed[f"behaviour, the fault shows in a peer: {BY_KEY['teacher_mode'].asks}"]
+
+
+def test_a_row_that_nobody_can_be_asked_without_a_package_fails_no_run(monkeypatch):
+    monkeypatch.setattr(behaviour, "find_spec", lambda module: None)
+    found = seen()
+    found[OURS]["runner_checkpoint"] = Outcome(None, "needs mmengine, which writes such files")
+    assert all(check.ok for check in behaviour.checks(found))
+    monkeypatch.setattr(behaviour, "find_spec", lambda module: True)
+    assert not all(check.ok for check in behaviour.checks(found))
 
 
 def test_a_probe_that_raises_is_broken_and_says_nothing_of_the_contender(monkeypatch):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from distillkit import cli
@@ -141,8 +142,18 @@ def test_only_what_is_between_the_marks_is_written(fake, tmp_path):
 
 
 def test_columns_of_numbers_are_on_the_right_and_text_is_not():
-    text = report.table(["a", "b", "c"], [["1", "+2.5 ± 1", "yes"], ["2", "", "**no**"], ["3", "absent: pip", "-"]])
-    assert text.splitlines()[1] == "|---|---:|---|"
+    rows = [["1", "+2.5 ± 1", "yes", "absent"], ["2", "", "**no**", "absent"], ["3", "absent: pip", "-", "absent"]]
+    text = report.table(["a", "b", "c", "d"], rows)
+    assert text.splitlines()[1] == "|---|---:|---|---|"
+
+
+def test_a_cell_begins_no_tag_and_a_long_table_is_folded():
+    assert "| got \\<class 'int'> |" in report.table(["a"], [["got <class 'int'>"]])
+    suite = asdict(Result("What?", [Table("Long", ["a"], [["1"]], "A note.", folded=True)]))
+    of = {"command": "", "date": "", "machine": "", "threads": 1, "versions": {}, "peers": [], "suites": {"step": suite}}
+    shown = report.markdown(of)
+    assert "<details><summary>Long</summary>\n\nA note.\n\n| a |\n|---|\n| 1 |\n\n</details>" in shown
+    assert "### Long" not in shown
 
 
 def test_a_peer_that_is_absent_is_named_with_how_to_get_it(monkeypatch, fake):
@@ -216,6 +227,7 @@ def test_repeated_pictures_change_no_loss_and_a_sum_is_found_out():
         assert len(values) == 4
         assert invariance.equal(name, values).ok, name
     assert not invariance.equal("a sum", [1.0, 2.0, 4.0, 8.0]).ok
+    assert not invariance.equal("NaN, which max() passes over", [1.0, 1.0, float("nan"), 1.0]).ok
     assert invariance.shown([0.5, 1.0, 2.0, 4.0])[1:] == ["2.000000", "4.000000", "8.000000", "7e+00"]
 
 
@@ -228,6 +240,13 @@ def test_ours_holds_nothing_and_stops_at_the_last_layer_that_is_read():
     by_hand = contenders.ideal_layers(pair)
     by_hand.step()
     assert syncs.held(by_hand, lambda: syncs.failing(by_hand)) > 0, "hooks by hand keep what they caught: it is seen"
+
+
+def test_a_step_that_was_to_fail_and_does_not_is_an_error(monkeypatch):
+    pair = contenders.pair_of_small()
+    monkeypatch.setattr(syncs, "last_run", lambda contender, modules: nn.Linear(1, 1))
+    with pytest.raises(AssertionError, match="did not come through"):
+        syncs.failing(contenders.ideal(pair))
 
 
 def test_forms_of_a_kernel_agree_and_one_that_differs_is_seen():

@@ -34,7 +34,7 @@ from distillkit.bench import detectors
 from distillkit.bench.contenders import quietly
 from distillkit.bench.peers import MMDET, TRANSFORMERS
 from distillkit.bench.ranks import RANKS, on_two_ranks
-from distillkit.bench.suite import Check, Result, Table, Tell, silent
+from distillkit.bench.suite import Check, Result, Table, Tell, silent, worst
 from distillkit.boxes.merged import Merged
 from distillkit.core.result import OUTPUT
 from distillkit.models.gfl import GFL
@@ -102,7 +102,7 @@ def of_copies(case: Case) -> dict[str, list[float]]:
 
 def largest(values: Sequence[float]) -> float:
     """Relative to the first."""
-    return max(abs(value / values[0] - 1) for value in values)
+    return worst(abs(value / values[0] - 1) for value in values)
 
 
 def shown(values: Sequence[float]) -> list[str]:
@@ -306,7 +306,7 @@ def on_ranks() -> tuple[Table, list[Check], dict[str, Any]]:
     for kind, case in CASES.items():
         alone = losses_and_gradients(case, FOUR)
         gradient = alone.pop("gradient")
-        apart = max(float((rank[kind]["gradient"] - gradient).abs().max() / gradient.abs().max()) for rank in ranks)
+        apart = worst(float((rank[kind]["gradient"] - gradient).abs().max() / gradient.abs().max()) for rank in ranks)
         losses = {}
         for name, value in alone.items():
             shared = sum(float(rank[kind][name]) for rank in ranks) / RANKS

@@ -54,7 +54,7 @@ def measured(rounds: int, tell: Callable[[str, int], None]) -> Part:
     tell("FakeMix", 3)
     mixed_in = mixing(5 * rounds)
     rows = [[*of.split(" ", 1), f"{1e3 * took:.1f}"] for of, took in mixed_in.items()]
-    note = f"On every picture of a batch of {MIXED} of {EDGE} x {EDGE} (p = 1), 3 pastes on each; at most {MOST} ms."
+    note = f"On every picture of a batch of {MIXED} of {EDGE} x {EDGE} (p = 1), 3 pastes on each. The aim: {MOST} ms."
     tables.append(Table("FakeMix", ["pictures", "bands", "median CPU ms a picture"], rows, note))
     tell("activation maps", 4)
     rows, cam = activation(rounds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ def markdown(report: dict[str, Any]) -> str:
     for name, suite in report["suites"].items():
         parts += [f"## {TITLES.get(name, name)}", suite["asks"]]
         for shown in suite["tables"]:
-            parts += [part for part in (f"### {shown['title']}", shown["note"]) if part]
-            parts.append(table(shown["head"], shown["rows"]))
+            title = "<details><summary>{}</summary>" if shown["folded"] else "### {}"
+            parts += [part for part in (title.format(shown["title"]), shown["note"]) if part]
+            parts += [table(shown["head"], shown["rows"]), *(["</details>"] if shown["folded"] else [])]
         wrong = [[check["name"], check["said"]] for check in suite["checks"] if not check["ok"]]
         if suite["checks"]:
             parts.append(f"{len(suite['checks']) - len(wrong)} of {len(suite['checks'])} checks passed.")
@@ -40,15 +42,23 @@ def markdown(report: dict[str, Any]) -> str:
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; columns of numbers right, but never the first."""
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [head, *rows]]
+    cells = [[_plain(cell) for cell in row] for row in [head, *rows]]
     columns = list(zip(*cells[1:], strict=True)) if rows else [()] * len(head)
-    rule = ["---:" if i and all(map(_numeric, column)) else "---" for i, column in enumerate(columns)]
+    rule = ["---:" if i and _numbers(column) else "---" for i, column in enumerate(columns)]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
 
 
-def _numeric(cell: str) -> bool:
-    return not cell or cell[0] in "+-0123456789" or cell.startswith(("absent", "fails"))
+def _plain(cell: str) -> str:
+    """In one line; no table and no tag begins in it."""
+    return cell.replace("|", "\\|").replace("<", "\\<").replace("\n", " ")
+
+
+def _numbers(column: Sequence[str]) -> bool:
+    """Some are, and the others say why there is none."""
+    none = [not cell or cell == "-" or cell.startswith(("absent", "fails")) for cell in column]
+    number = [cell.lstrip("+-")[:1].isdigit() for cell in column]
+    return any(number) and all(a or b for a, b in zip(none, number, strict=True))
 
 
 def check_place(path: Path) -> None:

@@ -5,6 +5,7 @@ A suite is a module, or a package, of ``distillkit.bench`` with ``run(quick, rou
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,12 +15,14 @@ SUITES = ("step", "kernels", "invariance", "syncs", "behaviour", "accuracy")
 
 @dataclass(frozen=True)
 class Table:
-    """``rows`` have one cell a name of ``head``, as they are to be read. ``note``: what to know before reading."""
+    """``rows`` have one cell a name of ``head``, as they are to be read. ``note``: what to know before reading.
+    ``folded``: long, and shown only to who opens it."""
 
     title: str
     head: list[str]
     rows: list[list[str]]
     note: str = ""
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,12 @@ class Result:
     tables: list[Table]
     checks: list[Check] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
+
+
+def worst(values: Iterable[float]) -> float:
+    """The largest; NaN if one of them is, which ``max`` may pass over: then it is within no limit."""
+    found = list(values)
+    return next((value for value in found if value != value), max(found))
 
 
 class Tell(Protocol):

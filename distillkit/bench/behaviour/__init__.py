@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from importlib.util import find_spec
 
 from distillkit import __version__
 from distillkit.bench.behaviour.process import probed
@@ -84,8 +85,14 @@ def tables(seen: Seen) -> list[Table]:
             head,
             [[row.asks, *(cell(seen, name, row.key) for name in columns)] for row in ROWS],
             "As the code of the suite observed it; of messages the part that is judged.",
+            folded=True,
         ),
-        Table("What is asked", ["", "why", "yes, if"], [[row.asks, row.matters, row.judged] for row in ROWS]),
+        Table(
+            "What is asked, and what makes a yes",
+            ["", "why", "yes, if"],
+            [[row.asks, row.matters, row.judged] for row in ROWS],
+            folded=True,
+        ),
     ]
 
 
@@ -108,11 +115,12 @@ def cell(seen: Seen, contender: str, key: str) -> str:
 def checks(seen: Seen) -> list[Check]:
     """distillkit handles every fault; every fault that peers are known for shows in one of them that is installed; and
     no probe is broken."""
+    asked = [row for row in ROWS if not row.needs or find_spec(row.needs)]
     found = [
         Check(f"behaviour, distillkit: {row.asks}", seen[OURS][row.key].ok is True, seen[OURS][row.key].saw)
-        for row in ROWS
+        for row in asked
     ]
-    for row in ROWS:
+    for row in asked:
         known = [name for name, peer in CONTENDERS.items() if name in seen and peer.name in row.fails]
         if known:
             failing = [name for name in known if seen[name][row.key].ok is False and not seen[name][row.key].broken]

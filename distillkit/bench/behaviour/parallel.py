@@ -14,6 +14,7 @@ from distillkit.bench.behaviour import rows
 from distillkit.bench.behaviour.kit import Kit, Running, raised
 from distillkit.bench.behaviour.rows import Outcome
 from distillkit.bench.ranks import RANKS, on_two_ranks
+from distillkit.bench.suite import worst
 
 
 def gradient(kit: Kit, running: Running, batch: tuple[Any, ...]) -> dict[str, Tensor]:
@@ -49,8 +50,8 @@ def share(batch: tuple[Any, ...], rank: int) -> tuple[Any, ...]:
 
 def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """Largest, relative to the largest entry of ``a``; of the names that both have."""
-    scale = max(float(g.abs().max()) for g in a.values())
-    return max(float((a[name] - b[name]).abs().max()) for name in a.keys() & b.keys()) / max(scale, 1e-12)
+    scale = worst(float(g.abs().max()) for g in a.values())
+    return worst(float((a[name] - b[name]).abs().max()) for name in a.keys() & b.keys()) / max(scale, 1e-12)
 
 
 def half_each(contender: str, kit_name: str, projection: bool) -> list[dict[str, Any]]:
@@ -74,6 +75,8 @@ def _as_one(halves: list[dict[str, Any]], kit: Kit, options: dict[str, Any]) -> 
         return Outcome(False, f"the ranks' gradients differ by {apart:.0%} of the largest: not reduced")
     torch.manual_seed(0)  # of projections
     alone = gradient(kit, kit.start(**options), kit.batch(2 * RANKS))
+    if only := first.keys() ^ alone.keys():
+        return Outcome(False, rows.short(f"{len(only)} have a gradient in one process or in two: {', '.join(sorted(only))}"))
     off = difference(alone, first)
     if off <= 1e-4:
         return Outcome(True, f"equal on both, and to {off:.0e} those of one process")

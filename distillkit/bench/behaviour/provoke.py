@@ -14,6 +14,7 @@ from distillkit.bench.behaviour import rows
 from distillkit.bench.behaviour.kit import Kit, Net, Running, kit_deterministic, listening, loss_of, pictures, raised
 from distillkit.bench.behaviour.rows import Outcome
 from distillkit.bench.counting import kept_tensors
+from distillkit.bench.suite import worst
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
@@ -37,7 +38,7 @@ def teacher_mode(kit: Kit) -> Outcome:
         running.train()
         running.forward(*kit.batch(4))[0].backward()
     after = dict(running.teacher.named_buffers())
-    drift = max(float((after[n] - mean).abs().max()) for n, mean in means.items())
+    drift = worst(float((after[n] - mean).abs().max()) for n, mean in means.items())
     saw = f"BatchNorm's mean moved by {drift:.2g}" if drift else "BatchNorm's mean did not move"
     return Outcome(not drift and not noisy, saw + (f"; {', '.join(sorted(noisy))} in train mode" if noisy else ""))
 
@@ -53,7 +54,7 @@ def teacher_switched(kit: Kit) -> Outcome:
     if error is not None:
         return rows.named(error, ["mode"])
     after = dict(running.teacher.named_buffers())
-    drift = max(float((after[n] - mean).abs().max()) for n, mean in means.items())
+    drift = worst(float((after[n] - mean).abs().max()) for n, mean in means.items())
     return Outcome(
         not drift, f"BatchNorm's mean moved by {drift:.2g}, no word" if drift else "BatchNorm's mean did not move"
     )
@@ -151,7 +152,9 @@ def teacher_nan(kit: Kit) -> Outcome:
 
     with listening() as heard:
         error = raised(train)
-    lost = sum(not bool(p.isfinite().all()) for p in running.student.parameters())
+    theirs = {id(p) for p in running.teacher.parameters()}  # which some students hold
+    own = [p for p in running.student.parameters() if id(p) not in theirs]
+    lost = sum(not bool(p.isfinite().all()) for p in own)
     silent = f"60 steps without a word; {lost} of the student's parameters are NaN"
     messages = [*heard, *([] if error is None else [f"{type(error).__name__}: {error}"])]
     return rows.said(messages, ("nan", "finite"), (*running.loss_names, "teacher"), silent)

@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from distillkit.bench.suite import worst
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -28,13 +30,15 @@ def does_not_apply(why: str) -> Outcome:
 @dataclass(frozen=True)
 class Row:
     """``key``: the probe's name in every contender's file. ``asks``: what ought to be so. ``judged``: what makes it a
-    yes. ``fails``: peers in which the fault is known and has to show, where they are installed."""
+    yes. ``fails``: peers in which the fault is known and has to show, where they are installed. ``needs``: a module
+    without which nobody can be asked."""
 
     key: str
     asks: str
     matters: str
     judged: str
     fails: tuple[str, ...] = ()
+    needs: str = ""
 
 
 ROWS = (
@@ -173,6 +177,7 @@ ROWS = (
         "OpenMMLab's Runners save HistoryBuffer objects, which torch.load refuses since 2.6",
         "weights beside a HistoryBuffer are loaded, and a file that names os.mkdir makes no folder",
         ("torchdistill", "timm.task", "mmdet"),
+        needs="mmengine",
     ),
     Row(
         "runs_code",
@@ -265,12 +270,13 @@ def said(messages: Sequence[str], must: Sequence[str], either: Sequence[str], si
 
 
 def equal(values: dict[str, float], tolerance: float, what: str) -> Outcome:
-    """All values are the first, relative to its size."""
+    """All values are the first, relative to its size. One that is 0 says nothing."""
     first = next(iter(values.values()))
-    scale = max(abs(first), 1e-12)
-    worst = max(abs(value - first) / scale for value in values.values())
-    if worst <= tolerance:
-        return Outcome(True, f"{what} equal to {worst:.0e}")
+    if not first:
+        return Outcome(False, f"{what}: the first is 0", broken=True)
+    off = worst(abs(value / first - 1) for value in values.values())
+    if off <= tolerance:
+        return Outcome(True, f"{what} equal to {off:.0e}")
     shown = ", ".join(f"{name}: {value / first:.3g}" for name, value in values.items())
     return Outcome(False, f"{what} relative to the first: {shown}")
 

@@ -229,9 +229,7 @@ def never_ran() -> Outcome:
 
 def misspelt_key() -> Outcome:
     said = config()
-    said["student"]["forward_hok"] = said["student"].pop("forward_hook")
     said["optimizer"]["grad_acum_step"] = 4
-    said["criterion"]["kwargs"]["sub_terms"].pop("features")
     return rows.named(raised(lambda: start(said=said).forward(*pictures(4))), ["grad_acum_step"])
 
 

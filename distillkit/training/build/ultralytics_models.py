@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 from torch import nn
 
 from distillkit import schema
@@ -35,8 +37,9 @@ def ultralytics_model(
         RunError: no such model, one that does not detect upright boxes, or a name without a scale.
     """
     described = model_yaml(config.model)
-    from ultralytics.cfg import get_cfg
-    from ultralytics.nn.tasks import DetectionModel
+    with _pillow_as_it_is():
+        from ultralytics.cfg import get_cfg
+        from ultralytics.nn.tasks import DetectionModel
 
     count = classes if isinstance(classes, int) else len(classes)
     model: Any = DetectionModel({**described, "nc": count}, verbose=False)
@@ -47,6 +50,17 @@ def ultralytics_model(
     if isinstance(evaluate, schema.Evaluate):
         adapter.inference = replace(adapter.inference, score=evaluate.score, iou=evaluate.iou, most=evaluate.most)
     return with_adapter(model, adapter)
+
+
+@contextmanager
+def _pillow_as_it_is() -> Iterator[None]:
+    """ultralytics puts its own function in the place of Pillow's ``open`` when it is imported. Of a broken picture that
+    says that another package is missing, and no longer that the file is no picture."""
+    opens = Image.open
+    try:
+        yield
+    finally:
+        Image.open = opens
 
 
 def model_yaml(name: str) -> dict[str, Any]:
