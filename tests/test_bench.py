@@ -150,8 +150,8 @@ def test_columns_of_numbers_are_on_the_right_and_text_is_not():
 def test_a_cell_begins_no_tag_and_a_long_table_is_folded():
     assert "| got \\<class 'int'> |" in report.table(["a"], [["got <class 'int'>"]])
     suite = asdict(Result("What?", [Table("Long", ["a"], [["1"]], "A note.", folded=True)]))
-    of = {"command": "", "date": "", "machine": "", "threads": 1, "versions": {}, "peers": [], "suites": {"step": suite}}
-    shown = report.markdown(of)
+    about = {"command": "", "date": "", "machine": "", "threads": 1, "versions": {}, "peers": []}
+    shown = report.markdown({**about, "suites": {"step": suite}})
     assert "<details><summary>Long</summary>\n\nA note.\n\n| a |\n|---|\n| 1 |\n\n</details>" in shown
     assert "### Long" not in shown
 

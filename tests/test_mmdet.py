@@ -435,3 +435,23 @@ def test_a_checkpoint_of_a_model_that_does_not_fit_is_named(tmp_path):
 def test_a_config_that_is_not_there_is_named():
     with pytest.raises(FileNotFoundError, match=r"configs.gfl.nothing\.py does not exist"):
         openmmlab.made("mmdet::gfl/nothing.py")
+
+
+@pytest.mark.parametrize("other", ["gfl", "retina"])
+def test_a_teacher_of_other_classes_anchors_and_picture_size(other, caplog):
+    """Data samples get the sizes of what the teacher sees, so that its predictions prove its taps there too."""
+    student, teacher = detector("gfl", sure=True), detector(other, sure=True, seed=1)
+    student.dataset_meta, teacher.dataset_meta = {"classes": ("a", "b", "c")}, {"classes": ("c", "a", "b")}
+    distillers = [LogitKD(Main(), protocol="sigmoid"), *([LD(Main())] if other == "gfl" else [])]
+    model = distillkit.wrap(student, Teacher(teacher, scale=2.0, levels="shared"), distillers)
+    call = batch(student)
+    sizes = [sample.img_shape for sample in call[1]]
+    with caplog.at_level(logging.WARNING, "distillkit"):
+        losses = model.train()(*call, mode="loss")
+    losses.total.backward()
+    assert all(losses[d] > 0 for d in model._uses)
+    assert not model._teacher_sides["teacher"].unproven
+    assert [sample.img_shape for sample in call[1]] == sizes
+    for said in ("matched by name: 3 are the student's", "stride 8 is left out", "has no level of stride 128"):
+        assert said in caplog.text
+    assert ("9 anchors a cell are seen as one" in caplog.text) == (other == "retina")

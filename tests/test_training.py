@@ -141,7 +141,8 @@ def _schedule(**changes):
 
 def _optimizer(**changes):
     plain = {"kind": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "backbone_lr": 1.0, "no_decay_norm": True}
-    return SimpleNamespace(**plain | {"layer_decay": 1.0, "nesterov": False, "eps": 1e-8, "bias_correction": True} | changes)
+    plain |= {"layer_decay": 1.0, "nesterov": False, "eps": 1e-8, "bias_correction": True}
+    return SimpleNamespace(**plain | changes)
 
 
 def test_learning_rates():

@@ -161,10 +161,9 @@ class Broken(Exception):  # noqa: N818 - no error of ours
 def failing(contender: Contender) -> None:
     """A step in which the student raises an error at its end, when all it is read for has been read."""
     last = [module for module in contender.student.modules() if type(module) in (nn.Linear, nn.Conv2d)]
-    with breaking(last_run(contender, last)):
-        with suppress(Broken):
-            contender.loss()
-            raise AssertionError("the error did not come through")
+    with breaking(last_run(contender, last)), suppress(Broken):
+        contender.loss()
+        raise AssertionError("the error did not come through")
 
 
 def last_run(contender: Contender, modules: list[nn.Module]) -> nn.Module:

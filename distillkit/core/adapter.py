@@ -238,7 +238,7 @@ def input_name(kwargs: Mapping[str, Any]) -> str:
 
 
 def logits_in(output: Any, model: str) -> Tensor:
-    """Class logits (B, C) of a classifier's output: a tensor, a mapping's or an object's "logits", the first of a tuple.
+    """Class logits (B, C) of a classifier's output: a tensor, a mapping's or an object's "logits", a tuple's first.
 
     Raises ViewError, which names the ``model``, where there are none.
     """

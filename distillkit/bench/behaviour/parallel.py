@@ -76,7 +76,7 @@ def _as_one(halves: list[dict[str, Any]], kit: Kit, options: dict[str, Any]) -> 
     torch.manual_seed(0)  # of projections
     alone = gradient(kit, kit.start(**options), kit.batch(2 * RANKS))
     if only := first.keys() ^ alone.keys():
-        return Outcome(False, rows.short(f"{len(only)} have a gradient in one process or in two: {', '.join(sorted(only))}"))
+        return Outcome(False, rows.short(f"gradients on one side alone: {', '.join(sorted(only))}"))
     off = difference(alone, first)
     if off <= 1e-4:
         return Outcome(True, f"equal on both, and to {off:.0e} those of one process")
