@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -371,6 +374,9 @@ def test_what_torchvision_does_not_know_is_named_with_what_is_near(written):
     assert "has no ResNet 'resnet19'; nearest: resnet1" in said(backbone="resnet19")
     assert "ssd300_vgg16 has its own; it can be another one in fcos_resnet50_fpn" in said(model="ssd300_vgg16")
     assert "takes no 'min_sise'; nearest: min_size" in said(options={"min_sise": 3})
+    segmenter = block(schema.TorchvisionModel, kind="torchvision", model="fcn_resnet50", options={"aux_los": True})
+    with pytest.raises(RunError, match="takes no 'aux_los'; nearest: aux_loss"):
+        build.build_model(segmenter, 3, schema.EvaluateMasks())
     assert "learns masks, and the data have boxes" in said(model="maskrcnn_resnet50_fpn")
 
 
@@ -480,6 +486,8 @@ ATTACKS = {
     "a config of a teacher as data": ("teacher_config", "evil.json"),
     "an expression of mmcv's": ("test_cfg.nms.type", CALL),
     "an expression of a tracker's": ("train_cfg.assigner", {"type": "CameraMotionCompensation", "warp_mode": CALL}),
+    "another function for mmcv's": ("test_cfg.nms.type", "torch.save"),
+    "an expression of words": ("test_cfg.nms.type", "lambda x: torch"),
     "a tracker": ("train_cfg.assigner", {"type": "CameraMotionCompensation", "warp_mode": "cv2.MOTION_EUCLIDEAN"}),
     "a hook": ("backbone.init_cfg", {"type": "evil.build"}),
     "a language model": ("backbone", {"type": "BertModel", "name": "there"}),
@@ -555,6 +563,37 @@ def test_nothing_is_downloaded_unless_it_is_asked_for(monkeypatch):
     assert asked == []
 
 
+class Opened:
+    """Pickled, it opens a file when it is read."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@needs_mmdet
+@pytest.mark.parametrize("address", [True, False])
+def test_weights_that_an_init_cfg_names_run_nothing(address, trap, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    torch.save({"state_dict": {}, "more": Opened(tmp_path / "ran")}, tmp_path / "evil.pth")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    where = f"http://127.0.0.1:{server.server_address[1]}" if address else str(tmp_path)
+    described = _plain_gfl()
+    described["backbone"]["init_cfg"] = {"type": "Pretrained", "checkpoint": f"{where}/evil.pth"}
+    (tmp_path / "mine.json").write_text(json.dumps(described))
+    config = block(schema.MMDetModel, kind="mmdet", config="mine.json", pretrained=True)
+    try:
+        with pytest.raises(RunError, match="hold more than tensors"):
+            build.build_model(config, 3, schema.Evaluate())
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert not trap()
+
+
 HUGGING = {
     "code in a map": {"auto_map": {"AutoModelForObjectDetection": "evil.Model"}},
     "code on the hub": {"auto_map": {"AutoConfig": "user/repo--evil.Config"}},
@@ -618,6 +657,23 @@ def test_weights_are_safetensors_of_the_same_classes(tmp_path, written):
     (tmp_path / "saved" / "model.safetensors").unlink()
     with pytest.raises(RunError, match="safetensors"):
         build.build_model(config, names, evaluate, (32, 32))
+
+
+@needs_transformers
+def test_weights_that_would_leave_the_body_random_are_refused(tmp_path):
+    names, evaluate = ["cat", "dog", "owl"], schema.EvaluateClasses()
+    model = build.build_model(block(schema.TransformersModel, **VIT), names, evaluate, (32, 32))
+    model.save_pretrained(tmp_path)
+
+    def again(classes=names, **options):
+        config = block(schema.TransformersModel, kind="transformers", pretrained=str(tmp_path), options=options)
+        return build.build_model(config, classes, evaluate, (32, 32))
+
+    with pytest.raises(RunError, match=r"are not those of this ViT.*stay random: .*is \(.*32\), expected \(.*16\)"):
+        again(hidden_size=16)
+    with pytest.raises(RunError, match=r"stay random: vit.layers.1.*is missing"):
+        again(num_hidden_layers=2)
+    assert torch.equal(again(["cat", "dog"]).vit.layernorm.weight, model.vit.layernorm.weight)
 
 
 def test_a_detector_with_its_backbones_weights_alone_is_no_teacher(written):

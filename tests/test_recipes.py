@@ -299,7 +299,7 @@ def test_ld_mmdet_gfl_with_narrow_detectors(tmp_path, monkeypatch):
 def test_fcos_torchvision_with_a_small_teacher(tmp_path, monkeypatch):
     monkeypatch.setenv("COCO", "none")
     monkeypatch.setenv("FCOS_R101", "none")
-    small = [*SCENES, "teacher.checkpoint=null", "teacher.train={}", "teacher.backbone=resnet34"]
+    small = [*SCENES, "teacher.checkpoint=null", "teacher.train={}", "teacher.backbone=resnet34", "compare=[distilled]"]
     table = _run("fcos_torchvision", tmp_path, *small, "student.pretrained=false", "train.schedule.warmup=0")
     assert table["teacher"]["parameters"] > table["distilled"]["parameters"]
 

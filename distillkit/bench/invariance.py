@@ -221,16 +221,19 @@ def segmented(model: Any, indices: Sequence[int]) -> dict[str, Tensor]:
     return model(torch.stack([picture(i) for i in indices]), torch.stack(masks))
 
 
+LAYERS = {"layers": 1, "ffn_dim": 32, "attention_heads": 4}
+
+
 def queries() -> nn.Module:
     from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
     def detr(count: int) -> nn.Module:
-        stages = {"embedding_size": 8, "hidden_sizes": [8, 16, 32, 64], "depths": [1] * 4, "layer_type": "basic"}
-        sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_queries": count, "dropout": 0.0}
-        backbone = ResNetConfig(**stages, out_features=["stage4"])
-        more = {"use_timm_backbone": False, "num_labels": 3}
-        return DetrForObjectDetection(DetrConfig(backbone_config=backbone, **more, **sizes, **heads))
+        stages: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16, 32, 64], "depths": [1] * 4}
+        stages.update(layer_type="basic", out_features=["stage4"])
+        layers: dict[str, Any] = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in LAYERS.items()}
+        backbone = ResNetConfig(**stages)
+        more: dict[str, Any] = {"use_timm_backbone": False, "num_labels": 3, "num_queries": count, "dropout": 0.0}
+        return DetrForObjectDetection(DetrConfig(backbone_config=backbone, d_model=32, **more, **layers))
 
     torch.manual_seed(0)
     return distillkit.wrap(detr(8), detr(12).eval(), [QueryKD()])

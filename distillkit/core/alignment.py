@@ -115,7 +115,8 @@ class Alignment:
         if distiller.reads_labels and self.classes is not None and self.classes.drops:
             raise WrapError(
                 f"distiller {distiller.name!r} reads the labels of pictures, which may be of classes that its teacher "
-                f"lacks ({_some(self.classes.left_out)}): use LogitKD or DIST, which read none, or a teacher that knows them"
+                f"lacks ({_some(self.classes.left_out)}): use LogitKD or DIST, which read none, or a teacher that "
+                "knows them"
             )
 
     def notes(self, distiller: Distiller) -> list[str]:

@@ -79,8 +79,8 @@ def unwrap(kit: Kit, tolerance: float = 0.0) -> Outcome:
     running.forward(*kit.batch(2))[0].backward()
     if running.unwrap is None:
         same = list(running.student.state_dict()) == list(running.plain().state_dict())
-        keys = "the keys of the untouched one" if same else "other keys"
-        return Outcome(False, f"no call does it: the model stays a {type(running.student).__name__}, with {keys}")
+        its = "the keys of the untouched one" if same else "other keys"
+        return Outcome(False, f"no call does it: the model stays a {type(running.student).__name__}, with {its}")
     x = kit.batch(2)[0]
     twin = running.plain().eval()
     weights = {k: v.detach().clone() for k, v in running.student.state_dict().items()}

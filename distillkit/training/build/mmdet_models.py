@@ -3,14 +3,16 @@
 Nothing that a recipe or a file of data says is ever run. What mmengine does with a config runs code in several ways,
 each of which is closed here: ``Config.fromfile`` runs .py files, and imports what ``custom_imports`` names, so that
 files of data are read without it; ``Registry.get`` imports what it does not know by name, and ``_scope_`` a package, so
-that only registered parts of detectors are found; and mmcv's ``batched_nms`` and mmdet's trackers evaluate text, so
-that text is words.
+that only registered parts of detectors are found; mmcv's ``batched_nms`` and mmdet's trackers evaluate text, so that
+text is words, and the first's one of a few; and what it loads from an address it unpickles with the code in it, so that
+torch is told to read tensors alone.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from operator import getitem
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import yaml
@@ -50,6 +53,8 @@ PARTS = (
 )
 #: text in the model of a config: words, paths and addresses, and nothing that could be an expression
 TEXT = re.compile(r"[\w.\-+/: ]*")
+#: the operators that batched_nms may be told
+NMS = ("nms", "soft_nms", "nms_rotated", "nms_quadri", "nms_match")
 #: what names the weights of a part, to be downloaded
 WEIGHTS = ("checkpoint", "pretrained")
 
@@ -62,13 +67,19 @@ def mmdet_model(config: OpenMMLabModel, classes: int, evaluate: schema.AnyEvalua
     """
     described = mmdet_config(config, classes)
     openmmlab.prepare(config.kind)
-    with registered_parts(), offline(unless=config.pretrained):
+    with registered_parts(), offline(unless=config.pretrained), _tensors_alone():
         try:
             model = openmmlab.made({"model": described, "default_scope": config.kind})
-        except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:
             raise RunError(f"{config.config}: mmdet cannot build this: {type(error).__name__}: {error}") from error
         if config.checkpoint is None:
-            openmmlab.initialised(model)
+            try:
+                openmmlab.initialised(model)
+            except UnpicklingError as error:
+                raise RunError(
+                    f"{config.config}: the weights that an init_cfg names hold more than tensors, which may be code: "
+                    f"{error}"
+                ) from error
     if isinstance(evaluate, schema.Evaluate):
         _keep(model, evaluate)
     return model
@@ -265,6 +276,8 @@ def _check(part: Any, where: str = "model") -> None:
                 raise RunError(f"{where}: a key of a config is a word, got {key!r}")
             if key == "_scope_" and value not in PACKAGES:
                 raise RunError(f"{at}: expected one of {', '.join(PACKAGES)}, got {value!r}")
+            if key == "type" and "nms" in where.rpartition(".")[2] and value not in NMS:
+                raise RunError(f"{at}: expected one of {', '.join(NMS)}, got {value!r}")
             if key.startswith("teacher_") and isinstance(value, str):
                 raise RunError(
                     f"{at}: this detector brings a teacher of its own: use the config of the plain student, and name "
@@ -282,6 +295,21 @@ def _check(part: Any, where: str = "model") -> None:
             )
     elif not isinstance(part, bool | int | float | type(None)):
         raise RunError(f"{where}: expected numbers, words, lists and mappings, got {type(part).__name__}")
+
+
+@contextmanager
+def _tensors_alone() -> Iterator[None]:
+    """Inside, torch reads no code from files of weights, also where its caller lets it, as mmengine for addresses."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextmanager

@@ -55,6 +55,7 @@ def torchvision_model(
         raise RunError(f"backbone is for detectors; {config.model} has its own: leave it out")
     if task == "classification":
         return _classifier(config, classes)
+    _check_options(config, models.get_model_builder(config.model))
     start = "DEFAULT" if config.pretrained else None
     return _built(
         config, lambda **o: models.get_model(config.model, weights=None, weights_backbone=start, **o), classes
@@ -76,7 +77,8 @@ def _detector(
     for name, what in _MORE.items():
         if config.model.startswith(name):
             raise RunError(f"{config.model} learns {what}, and the data have boxes: use fasterrcnn_resnet50_fpn")
-    _check_options(config)
+    kind = next(kind for start, kind in _KINDS.items() if config.model.startswith(start))
+    _check_options(config, models.get_model_builder(config.model), kind, GeneralizedRCNNTransform)
     sizes: dict[str, Any] = {}
     if size is not None and "ssd" not in config.model:
         sizes = {"min_size": min(size), "max_size": max(size)}
@@ -150,10 +152,8 @@ def _built(config: schema.TorchvisionModel, build: Callable[..., nn.Module], cla
         raise RunError(f"{config.model} cannot be built with these options: {error}") from error
 
 
-def _check_options(config: schema.TorchvisionModel) -> None:
-    """Raises RunError for an option that no part of a detector takes: its transform would swallow it."""
-    kind = next(kind for start, kind in _KINDS.items() if config.model.startswith(start))
-    parts = (models.get_model_builder(config.model), kind, GeneralizedRCNNTransform)
+def _check_options(config: schema.TorchvisionModel, *parts: Callable[..., Any]) -> None:
+    """Raises RunError for an option that none of its parts takes: torchvision would swallow it."""
     named = dict.fromkeys(name for part in parts for name in inspect.signature(part).parameters)
     known = [name for name in named if name not in ("weights", "weights_backbone", "progress", "kwargs", "num_classes")]
     for key in config.options:

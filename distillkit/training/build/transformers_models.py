@@ -69,7 +69,7 @@ def transformers_model(
         kind = _class_of(built, task)
         _check_order(config, said, classes)
         try:
-            model = _weighted(config, kind, built) if config.pretrained else kind(built)
+            model = _weighted(config, kind, built, said) if config.pretrained else kind(built)
         except (ValueError, TypeError, AttributeError, OSError, KeyError, RuntimeError) as error:
             raise RunError(f"transformers cannot build this {kind.__name__}: {error}") from error
     return with_adapter(model, _adapter(config, model, evaluate))
@@ -211,9 +211,26 @@ def _class_of(config: Any, task: str) -> Any:
     )
 
 
-def _weighted(config: schema.TransformersModel, kind: Any, built: Any) -> nn.Module:
-    """With the weights of ``pretrained``; the last layers of the classes drawn anew where those are others."""
-    return kind.from_pretrained(config.pretrained, config=built, use_safetensors=True, ignore_mismatched_sizes=True)
+def _weighted(config: schema.TransformersModel, kind: Any, built: Any, said: list[str] | None) -> nn.Module:
+    """With the weights of ``pretrained``; the last layers of the classes drawn anew where those are others.
+
+    Raises RunError where more than those would be random, as transformers lets it be with a word in its log.
+    """
+    model, found = kind.from_pretrained(
+        config.pretrained, config=built, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    body, fewer = f"{model.base_model_prefix}.", (2 if said is None else len(said)) - built.num_labels
+    wrong = [f"{name} is missing" for name in found["missing_keys"] if name.startswith(body) and "pooler" not in name]
+    for name, there, here in found["mismatched_keys"]:
+        if any(a != b and a - b != fewer for a, b in zip(there, here, strict=False)) or len(there) != len(here):
+            wrong.append(f"{name} is {tuple(there)}, expected {tuple(here)}")
+    if wrong:
+        raise RunError(
+            f"pretrained: the weights of {config.pretrained} are not those of this {kind.__name__}, {len(wrong)} of "
+            f"which would stay random: {'; '.join(sorted(wrong)[:3])}; leave out the options that change its layers, "
+            "or say config: in place of pretrained: for random weights"
+        )
+    return model
 
 
 def _check_order(config: schema.TransformersModel, said: list[str] | None, classes: int | Sequence[str]) -> None:
