@@ -144,7 +144,7 @@ def micro(quick: bool, rounds: int, tell: Tell) -> Part:
 def own_detectors(quick: bool, rounds: int, tell: Tell) -> Part:
     """distillkit's GFL."""
     size, batch = (128, 2) if quick else (320, 2)
-    seconds = interleaved(gfls(size, batch), max(2, rounds // 2), tell=tell, what="detectors")
+    seconds = interleaved(gfls(size, batch), max(3, rounds // 2), tell=tell, what="detectors")
     title = f"GFL-R50 teaches GFL-R18, 80 classes, {batch} pictures of {size} x {size} with 10 objects each"
     neck = "ideal, teacher's features only"
     held = "distillkit: LD main + LD valuable + class KD", "distillkit: feature imitation"
@@ -217,7 +217,7 @@ def mmdet_detectors(quick: bool, rounds: int, tell: Tell) -> Part:
     there = {name: make(pair) for name, make in makers.items()}
     for contender in there.values():
         contender.step()  # at its first step an adapter proves itself
-    seconds = interleaved(steps_of(there), max(2, rounds // 2), tell=tell, what="mmdet")
+    seconds = interleaved(steps_of(there), max(3, rounds // 2), tell=tell, what="mmdet")
     title = f"mmdet's GFL-R50 teaches its GFL-R18, 80 classes, {batch} pictures of {size} x {size} with 6 objects each"
     checks = [
         ratio_check("step, mmdet's GFL: LD main over the ideal", seconds, names[1], MOST_LD),

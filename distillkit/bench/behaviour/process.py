@@ -25,7 +25,7 @@ from typing import IO
 from distillkit.bench.behaviour.rows import Outcome, short
 
 #: seconds that one probe may take
-LIMIT = 120
+LIMIT = 300
 
 
 def probed(contender: str, keys: Sequence[str], seen: Callable[[str, Outcome], None], limit: int = LIMIT) -> None:
