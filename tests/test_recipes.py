@@ -69,7 +69,7 @@ def test_each_recipe_is_run_here():
         "ld_coco_mini", "ld_bccd", "ld_dota", "ld_hit_uav", "kd_cifar10", "token_labeling_sign_digits",
         "token_labeling_imagenet", "l2g_coco_crops", "l2g_voc", "fakemix_trans10k", "fakemix_camvid",
         "fakemix_trans_coco", "autospace_cifar10", "lv_bert_banking77", "ld_mmdet_gfl", "fcos_torchvision",
-        "query_kd_transformers", "kd_timm_transformers",
+        "query_kd_transformers", "kd_timm_transformers", "ld_ultralytics",
     }  # fmt: skip
 
 

@@ -71,6 +71,9 @@ class Adapter:
         key = input_name(kwargs)
         return args, {**kwargs, key: change(kwargs[key])}
 
+    def check(self, model: nn.Module) -> None:
+        """Raises AdapterError for a model that predicts, and can be neither a student nor a teacher."""
+
     def places(self, model: nn.Module, kind: type[View], at: tuple[str, ...] | None) -> tuple[Place, ...]:
         """Where a view is tapped; (): it is read from what the model returns.
 

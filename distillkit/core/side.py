@@ -37,6 +37,7 @@ class Side:
         self, role: str, model: nn.Module, adapter: Adapter, readings: Sequence[Reading], teacher: bool = False
     ):
         self.role, self.model, self.adapter = role, model, adapter
+        adapter.check(model)
         places = adapter.teacher_places if teacher else adapter.places
         self.places: dict[Reading, tuple[Place, ...]] = {
             reading: places(model, reading.kind, reading.at) for reading in dict.fromkeys(readings)
