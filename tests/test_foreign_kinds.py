@@ -21,6 +21,8 @@ from distillkit.evaluation.coco import coco_metrics
 from distillkit.evaluation.predict import detect, predict_dataset
 from distillkit.recipe import RecipeError, load
 from distillkit.training import build, checkpoint
+from distillkit.training.build import mmdet_models
+from distillkit.training.build.torchvision_models import torchvision_model
 from distillkit.training.check import check
 from distillkit.training.errors import Interrupted, RunError
 from distillkit.training.export import export
@@ -230,6 +232,7 @@ def test_ap_is_that_of_torchvisions_own_predictions(name, written):
 
 @needs_mmdet
 def test_ap_is_that_of_mmdets_own_predictions(written):
+    openmmlab.prepare()
     from mmdet.structures import DetDataSample
 
     recipe = written(GFL, overrides=["evaluate.score=0.01", "evaluate.iou=0.5", "evaluate.most=30"])
@@ -684,3 +687,18 @@ def test_a_detector_with_its_backbones_weights_alone_is_no_teacher(written):
 
 def load_teacher(teacher, written):
     return written(FCOS, overrides=[f"teacher={json.dumps(teacher)}"], distillers=[{"kind": "feature-imitation"}])
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_a_classifier_with_further_logits_names_the_option(name):
+    config = schema.TorchvisionModel(kind="torchvision", model=name)
+    with pytest.raises(RunError, match="aux_logits: false"):
+        torchvision_model(config, 10, schema.EvaluateClasses(), None)
+    torchvision_model(config.model_copy(update={"options": {"aux_logits": False}}), 10, schema.EvaluateClasses(), None)
+
+
+def test_weights_of_a_part_are_weights_that_are_downloaded():
+    override = {"type": "Normal", "std": 0.1, "override": [{"type": "Pretrained", "name": "fc", "checkpoint": "a.pth"}]}
+    part = {"backbone": {"init_cfg": override}}
+    mmdet_models._forget_weights(part)
+    assert part == {"backbone": {"init_cfg": None}}

@@ -330,5 +330,5 @@ def test_ld_ultralytics_with_a_small_teacher(tmp_path, monkeypatch):
 
 def test_kd_timm_transformers(tmp_path):
     pytest.importorskip("transformers")
-    few = ["data.train=256", "data.val=16", "data.test=16", "data.workers=0", "teacher.train={epochs: 1}"]
+    few = ["data.train=128", "data.val=16", "data.test=16", "data.workers=0", "teacher.train={epochs: 1}"]
     assert list(_run("kd_timm_transformers", tmp_path, *few)) == ["teacher", "student", "distilled"]

@@ -36,7 +36,7 @@ from distillkit.training.errors import RunError
 OpenMMLabModel = schema.MMDetModel | schema.MMRotateModel
 
 #: packages whose classes a config may name with their scope
-PACKAGES = ("mmdet", "mmengine", "mmcv", "mmrotate", "mmpretrain")
+PACKAGES = ("mmdet", "mmengine", "mmcv", "mmrotate")
 #: where the parts of detectors are, of the packages that also hold other things
 PARTS = (
     "torch.nn.",
@@ -51,6 +51,8 @@ PARTS = (
     *(f"mmrotate.models.{part}" for part in ("backbones.", "dense_heads.", "detectors.", "losses.", "necks.")),
     *(f"mmrotate.models.{part}" for part in ("layers.", "roi_heads.", "task_modules.")),
 )
+#: among them, what hands over to another package, whose weights are not read safely
+FOREIGN = ("mmdet.models.detectors.d2_wrapper.",)
 #: text in the model of a config: words, paths and addresses, and nothing that could be an expression
 TEXT = re.compile(r"[\w.\-+/: ]*")
 #: the operators that batched_nms may be told
@@ -261,7 +263,12 @@ def _forget_weights(part: Any) -> None:
 
 
 def _is_pretrained(value: Any) -> bool:
-    return isinstance(value, dict) and str(value.get("type", "")).endswith("Pretrained")
+    """Whether a way to initialise, or one for a part (``override``), reads a file of weights."""
+    if isinstance(value, list):
+        return any(map(_is_pretrained, value))
+    if not isinstance(value, dict):
+        return False
+    return str(value.get("type", "")).endswith("Pretrained") or _is_pretrained(value.get("override"))
 
 
 # -- what must not be there -------------------------------------------------------------------------------------------
@@ -332,7 +339,8 @@ def registered_parts() -> Iterator[None]:
         if found is None:
             raise RunError(f"type: nothing is registered as {name!r}{nearest(name, _registered(self))}")
         place = f"{getattr(found, '__module__', '')}."
-        if place.split(".")[0] in ("mmdet", "mmcv", "mmengine", "mmrotate", "torch") and not place.startswith(PARTS):
+        theirs = place.split(".")[0] in (*PACKAGES, "mmpretrain", "torch")
+        if theirs and (not place.startswith(PARTS) or place.startswith(FOREIGN)):
             raise RunError(f"type: {key!r} ({place}{getattr(found, '__name__', '')}) is no part of a detector")
         return found
 

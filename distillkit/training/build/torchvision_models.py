@@ -131,6 +131,11 @@ def _width(resnet: str | None) -> int:
 
 def _classifier(config: schema.TorchvisionModel, classes: int) -> nn.Module:
     model = _built(config, lambda **options: models.get_model(config.model, weights=None, **options), classes)
+    if getattr(model, "aux_logits", False):
+        raise RunError(
+            f"{config.model} returns further logits in train mode, which no criterion here takes: options: "
+            "{aux_logits: false}"
+        )
     if not config.pretrained:
         return model
     weights = _weights(config.model)
