@@ -19,6 +19,7 @@ from distillkit.adapters import adapter_for
 from distillkit.data.scenes import Scenes
 from distillkit.evaluation.coco import coco_metrics
 from distillkit.evaluation.predict import detect, predict_dataset
+from distillkit.integrations import openmmlab
 from distillkit.recipe import RecipeError, load
 from distillkit.training import build, checkpoint
 from distillkit.training.build import mmdet_models
