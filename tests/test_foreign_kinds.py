@@ -243,8 +243,8 @@ def test_ap_is_that_of_mmdets_own_predictions(written):
     assert model.bbox_head.test_cfg.nms.iou_threshold == 0.5
     ours = coco_metrics(predict_dataset(model, data, batch=4), data).numbers
     inputs, samples = [], []
-    for i in range(4):  # as mmdet's loader reads pictures: BGR, whole numbers
-        inputs.append((data[0, i][0] * 255).round().to(torch.uint8).flip(0))
+    for i in range(4):  # as mmdet's loader reads pictures: BGR in 0..255
+        inputs.append((data[0, i][0] * 255).flip(0))
         meta = {"img_shape": (64, 64), "ori_shape": (64, 64), "scale_factor": (1.0, 1.0)}
         samples.append(DetDataSample(metainfo=meta))
     with torch.no_grad():

@@ -328,7 +328,9 @@ def test_ld_ultralytics_with_a_small_teacher(tmp_path, monkeypatch):
     assert table["distilled"]["parameters"] == 2_591_790
 
 
-def test_kd_timm_transformers(tmp_path):
+def test_kd_timm_transformers(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
-    few = ["data.train=128", "data.val=16", "data.test=16", "data.workers=0", "teacher.train={epochs: 1}"]
-    assert list(_run("kd_timm_transformers", tmp_path, *few)) == ["teacher", "student", "distilled"]
+    monkeypatch.setenv("DISTILLKIT_DATA", "none")
+    digits = "data={kind: single-digit, train: 128, val: 16, test: 16, size: 64, batch: 32, workers: 0}"
+    table = _run("kd_timm_transformers", tmp_path, digits, "teacher.train={epochs: 1}")
+    assert list(table) == ["teacher", "student", "distilled"]
