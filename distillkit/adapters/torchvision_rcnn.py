@@ -7,7 +7,7 @@ are those of the second stage, a row for each region that the student looks at i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,7 +46,6 @@ class RegionTeacher(ClassLogits):
         maps: what its backbone returned.
         sizes: of each resized picture (height, width).
         lowered: the dtype of the autocast that its backbone ran under; None: it ran under none.
-        memo: what it said of the regions of a step, for all distillers that read them.
         classes: which of its class logits, as ``picked``; None: all.
     """
 
@@ -54,24 +53,21 @@ class RegionTeacher(ClassLogits):
     maps: Mapping[str, Tensor]
     sizes: Sizes
     lowered: torch.dtype | None = None
-    memo: dict[int, ClassLogits] = field(default_factory=dict)
     classes: tuple[Tensor, int] | None = None
 
     def picked(self, columns: Tensor, names: int) -> RegionTeacher:
-        return replace(self, classes=(columns, names), memo={})
+        return replace(self, classes=(columns, names))
 
     def match(self, student: ClassLogits) -> Any:
         """What it says of the student's regions, which are resized where the two resize pictures differently. Its
-        second stage runs once, under the autocast of its first."""
+        second stage runs under the autocast of its first."""
         if not isinstance(student, RegionLogits):
             raise ValueError(
                 "the teacher has class logits of regions, the student of whole pictures: read a layer of both, "
                 "student_at= and teacher_at="
             )
-        if id(student) not in self.memo:
-            said = ClassLogits(self._said_of(student))
-            self.memo[id(student)] = said if self.classes is None else said.picked(*self.classes)
-        return self.memo[id(student)].match(student)
+        said = ClassLogits(self._said_of(student))
+        return (said if self.classes is None else said.picked(*self.classes)).match(student)
 
     @torch.no_grad()
     def _said_of(self, student: RegionLogits) -> Tensor:

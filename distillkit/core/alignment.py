@@ -6,7 +6,7 @@ import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -122,23 +122,6 @@ class Alignment:
     def notes(self, distiller: Distiller) -> list[str]:
         """What is done about the classes that it reads."""
         return [self.said] if self.said and reads_classes(distiller) else []
-
-    def pairs(
-        self,
-        keys: Sequence[tuple[Any, ...]],
-        student: Sequence[View],
-        teacher: Sequence[View],
-        made: dict[Any, tuple[View, View]],
-        device: torch.device,
-    ) -> list[tuple[View, View]]:
-        """Each of several views, from ``made`` where another distiller of this step has read it with the same key.
-
-        A key's last element says whether classes are read.
-        """
-        for key, s, t in zip(keys, student, teacher, strict=True):
-            if key not in made:
-                made[key] = self.pair(s, t, device, key[-1])
-        return [made[key] for key in keys]
 
     def pair(self, student: View, teacher: View, device: torch.device, reads_classes: bool) -> tuple[View, View]:
         """Both views, the teacher's not matched yet."""

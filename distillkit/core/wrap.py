@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distillkit.core.adapter import Adapter
-from distillkit.core.alignment import Alignment, Names, alignments
+from distillkit.core.alignment import Names, alignments
 from distillkit.core.checks import (
     check_alone,
     check_distinct,
@@ -131,13 +131,15 @@ class DistilledModel(nn.Module):
             check_lasts([d for _, d in self._named], self.criterion)
             self._changes = Changes(self.student, {path: f for made in changing.values() for path, f in made.items()})
             undo.callback(self._changes.remove)
-            self._readings = {n: (readings(d, "student"), readings(d, "teacher")) for n, d in self._named}
-            read = [r for student, _ in self._readings.values() for r in student]
+            self._readings = {
+                n: list(zip(readings(d, "student"), readings(d, "teacher"), strict=True)) for n, d in self._named
+            }
+            read = [mine for both in self._readings.values() for mine, _ in both]
             self._student_side = Side("student", self.student, self._adapter, read)
             undo.callback(self._student_side.taps.remove)
             self._teacher_sides: dict[str, Side] = {}
             for name, model, its_adapter in self._teacher_models():
-                read = [r for n, (_, its) in self._readings.items() if self._uses[n] == name for r in its]
+                read = [its for n, both in self._readings.items() if self._uses[n] == name for _, its in both]
                 self._teacher_sides[name] = side = Side(name, model, its_adapter, read, teacher=True)
                 undo.callback(side.taps.remove)
             for name, distiller in self._named:
@@ -201,7 +203,7 @@ class DistilledModel(nn.Module):
         for name, teacher in self._online.items():
             losses[name] = self._online_loss(name, teacher, online, targets)
         with self._full_precision():  # small differences need float32
-            pairs: dict[Any, tuple[View, View]] = {}  # of views that were aligned, for all that read them
+            pairs: dict[Any, tuple[View, View | None]] = {}  # of views that match, for all distillers that read them
             for name, distiller in self._named:
                 if name in acting:
                     losses[name] = self._distill(name, distiller, views, taught, pairs, targets, call)
@@ -348,29 +350,19 @@ class DistilledModel(nn.Module):
         distiller: Distiller,
         views: dict[Reading, View],
         taught: dict[str, dict[Reading, View]],
-        pairs: dict[Any, tuple[View, View]],
+        pairs: dict[Any, tuple[View, View | None]],
         targets: Any,
         call: Any,
     ) -> Tensor:
         """The weighted loss of one distiller."""
         check = not (self._checked or torch.compiler.is_compiling())
-        uses = self._uses[name]
-        of_student, of_teacher = self._readings[name]
-        student = [views[r] for r in of_student]
-        teacher = [taught[uses][r] for r in of_teacher] if uses is not None else []
-        aligned = self._aligned.get(uses or "")
         try:
-            if aligned is not None:
-                keys = [(uses, mine, its, distiller.reads_classes) for mine, its in zip(of_student, of_teacher)]
-                both = aligned.pairs(keys, student, teacher, pairs, self.step.device)
-                student, teacher = [s for s, _ in both], [t for _, t in both]
-            if check and uses is not None:
-                self._tell_unmatched(uses, distiller, aligned, student, teacher)
-            teacher = [t.match(s) for t, s in zip(teacher, student, strict=True)] if uses is not None else []
+            read = [self._pair(name, distiller, *both, views, taught, pairs, check) for both in self._readings[name]]
             if isinstance(distiller.reads, tuple):
-                loss = distiller(tuple(student), tuple(teacher) or None, targets)
+                teacher = tuple(t for _, t in read) if self._uses[name] is not None else None
+                loss = distiller(tuple(s for s, _ in read), teacher, targets)
             else:
-                loss = distiller(student[0], teacher[0] if teacher else None, targets)
+                loss = distiller(*read[0], targets)
         except ValueError as error:
             raise ViewError(f"distiller {name!r}: {error}") from error
         except AttributeError as error:
@@ -383,17 +375,35 @@ class DistilledModel(nn.Module):
             check_reaches(name, loss, distiller, [*tensors_in(call), *self.online.parameters()])
         return distiller.weight.applied(loss, self.step)
 
-    def _tell_unmatched(
+    def _pair(
         self,
         name: str,
         distiller: Distiller,
-        aligned: Alignment | None,
-        student: Sequence[View],
-        teacher: Sequence[View],
-    ) -> None:
-        """What of a teacher's views has no partner in the student's: once, though several distillers read them."""
-        notes = aligned.notes(distiller) if aligned is not None else []
-        for note in [*notes, *(note for s, t in zip(student, teacher, strict=True) for note in t.unmatched(s))]:
+        mine: Reading,
+        its: Reading,
+        views: dict[Reading, View],
+        taught: dict[str, dict[Reading, View]],
+        pairs: dict[Any, tuple[View, View | None]],
+        check: bool,
+    ) -> tuple[View, View | None]:
+        """One view of the student and the teacher's, matched: once a step, for all distillers that read the two."""
+        uses = self._uses[name]
+        if uses is None:
+            return views[mine], None
+        aligned = self._aligned.get(uses)
+        key = (uses, mine, its, aligned is not None and distiller.reads_classes)
+        if key not in pairs:
+            student, teacher = views[mine], taught[uses][its]
+            if aligned is not None:
+                student, teacher = aligned.pair(student, teacher, self.step.device, distiller.reads_classes)
+            if check:
+                self._tell(uses, [*(aligned.notes(distiller) if aligned else []), *teacher.unmatched(student)])
+            pairs[key] = student, teacher.match(student)
+        return pairs[key]
+
+    def _tell(self, name: str, notes: Iterable[str]) -> None:
+        """What of a teacher's views has no partner in the student's, once."""
+        for note in notes:
             if (name, note) not in self._told:
                 log.warning("teacher %r: %s", name, note)
             self._told.add((name, note))

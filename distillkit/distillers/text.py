@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distillkit.boxes.precision import at_least_float32
@@ -134,5 +133,5 @@ def mean_of_real(each: Tensor, targets: Any) -> Tensor:
     mask = targets.get("attention_mask") if isinstance(targets, Mapping) else None
     if mask is None:
         return each.mean()
-    kept = F.relu(mask.to(each.dtype))
+    kept = mask.to(each.dtype)
     return (each * kept).sum() / kept.sum().clamp(min=1)

@@ -105,30 +105,6 @@ def distributed(projection: bool) -> Running:
 KIT = Kit(start, batch, repeat, "bbox_head.gfl_reg", distributed)
 
 
-def teacher_mode() -> Outcome:
-    return provoke.teacher_mode(KIT)
-
-
-def teacher_switched() -> Outcome:
-    return provoke.teacher_switched(KIT)
-
-
-def teacher_hidden() -> Outcome:
-    return provoke.teacher_hidden(KIT)
-
-
-def teacher_gradient() -> Outcome:
-    return provoke.teacher_gradient(KIT)
-
-
-def after_exception() -> Outcome:
-    return provoke.after_exception(KIT)
-
-
-def teacher_nan() -> Outcome:
-    return provoke.teacher_nan(KIT)
-
-
 def two_losses() -> Outcome:
     return does_not_apply(NO_LAYERS)
 
@@ -156,20 +132,12 @@ def class_counts() -> Outcome:
     return does_not_apply("its loss reads no classes")
 
 
-def two_wrappers() -> Outcome:
-    return provoke.two_wrappers(KIT)
-
-
 def compiled_before() -> Outcome:
     return does_not_apply("builds its student itself, and hooks nothing")
 
 
 def accelerate() -> Outcome:
     return does_not_apply("mmengine's Runner trains it")
-
-
-def repeated_images() -> Outcome:
-    return provoke.repeated_images(KIT)
 
 
 def two_ranks() -> Outcome:
@@ -194,14 +162,6 @@ def runs_code() -> Outcome:
     return product.runs_code(".py", "__import__('os').mkdir('FOLDER')\nmodel = dict()\n", openmmlab.read_config)
 
 
-def unwrap() -> Outcome:
-    return product.unwrap(KIT)
-
-
-def copies() -> Outcome:
-    return product.copies(KIT)
-
-
 def bf16() -> Outcome:
     return product.bf16(KIT, losses_inside=True)
 
@@ -215,10 +175,6 @@ def normalisation() -> Outcome:
     running = start(described_as=model)
     pairs = [(prepared["mean"], prepared["std"]) for prepared in (mine, theirs)]
     return product.normalisation(KIT, running, "backbone.conv1", *pairs)
-
-
-def weight() -> Outcome:
-    return product.weight(KIT)
 
 
 def no_objects() -> Outcome:

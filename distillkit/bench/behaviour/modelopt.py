@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.modules.loss import _Loss
 
-from distillkit.bench.behaviour import kit, parallel, product, provoke, rows
-from distillkit.bench.behaviour.kit import CLASSES, MEAN, STD, Net, Running, pictures, raised
+from distillkit.bench.behaviour import kit, parallel, provoke, rows
+from distillkit.bench.behaviour.kit import Net, Running, pictures, raised
 from distillkit.bench.behaviour.ours import two_losses_by_hand
 from distillkit.bench.behaviour.rows import Outcome, does_not_apply
 
@@ -79,30 +79,6 @@ def distributed(projection: bool) -> Running:
 KIT = kit.classifiers(start, distributed)
 
 
-def teacher_mode() -> Outcome:
-    return provoke.teacher_mode(KIT)
-
-
-def teacher_switched() -> Outcome:
-    return provoke.teacher_switched(KIT)
-
-
-def teacher_hidden() -> Outcome:
-    return provoke.teacher_hidden(KIT)
-
-
-def teacher_gradient() -> Outcome:
-    return provoke.teacher_gradient(KIT)
-
-
-def after_exception() -> Outcome:
-    return provoke.after_exception(KIT)
-
-
-def teacher_nan() -> Outcome:
-    return provoke.teacher_nan(KIT)
-
-
 def two_losses() -> Outcome:
     import modelopt.torch.distill as mtd
 
@@ -142,27 +118,12 @@ def trains_nothing() -> Outcome:
     return provoke.trains_nothing(KIT, start(logits=False), lambda name: not name.startswith("head"))
 
 
-def class_counts() -> Outcome:
-    def run() -> None:
-        start(teacher=Net(1, classes=7)).forward(*pictures(4))
-
-    return rows.named(raised(run), [str(CLASSES), "7", "class"])
-
-
-def two_wrappers() -> Outcome:
-    return provoke.two_wrappers(KIT)
-
-
 def compiled_before() -> Outcome:
     return provoke.compiled_before(KIT, lambda student: start(student, logits=False))
 
 
 def accelerate() -> Outcome:
     return parallel.accelerate(lambda accelerator: start(), KIT)
-
-
-def repeated_images() -> Outcome:
-    return provoke.repeated_images(KIT)
 
 
 def two_ranks() -> Outcome:
@@ -179,28 +140,6 @@ def runner_checkpoint() -> Outcome:
 
 def runs_code() -> Outcome:
     return does_not_apply("has no recipe: a dict in Python")
-
-
-def unwrap() -> Outcome:
-    return product.unwrap(KIT)
-
-
-def copies() -> Outcome:
-    return product.copies(KIT)
-
-
-def bf16() -> Outcome:
-    return product.bf16(KIT)
-
-
-def normalisation() -> Outcome:
-    teacher = Net(1)
-    teacher.pretrained_cfg = {**teacher.pretrained_cfg, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    return product.normalisation(KIT, start(teacher=teacher), "stem.0", (MEAN, STD), ((0.5,) * 3, (0.5,) * 3))
-
-
-def weight() -> Outcome:
-    return product.weight(KIT)
 
 
 def no_objects() -> Outcome:

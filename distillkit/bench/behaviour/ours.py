@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 import distillkit
 from distillkit import LD, FeatureImitation, LogitKD, Main, Valuable
 from distillkit.bench.behaviour import kit, parallel, product, provoke, rows
-from distillkit.bench.behaviour.kit import CLASSES, MEAN, STD, Kit, Net, Running, pictures, raised
+from distillkit.bench.behaviour.kit import Kit, Net, Running, pictures, raised
 from distillkit.bench.behaviour.rows import Outcome
 from distillkit.bench.suite import worst
 
@@ -112,30 +112,6 @@ DETECTOR = Kit(detect, scene, scenes, "head", lambda projection: in_parallel(det
 # ---- probes
 
 
-def teacher_mode() -> Outcome:
-    return provoke.teacher_mode(KIT)
-
-
-def teacher_switched() -> Outcome:
-    return provoke.teacher_switched(KIT)
-
-
-def teacher_hidden() -> Outcome:
-    return provoke.teacher_hidden(KIT)
-
-
-def teacher_gradient() -> Outcome:
-    return provoke.teacher_gradient(KIT)
-
-
-def after_exception() -> Outcome:
-    return provoke.after_exception(KIT)
-
-
-def teacher_nan() -> Outcome:
-    return provoke.teacher_nan(KIT)
-
-
 def two_losses() -> Outcome:
     student, teacher = Net(dropout=0.0), Net(1, dropout=0.0)
     losses = [FeatureImitation(student_at="blocks.0", teacher_at=at, name=at) for at in ("blocks.0", "blocks.1")]
@@ -188,17 +164,6 @@ def trains_nothing() -> Outcome:
     return provoke.trains_nothing(KIT, start(logits=False), lambda name: not name.startswith("head"))
 
 
-def class_counts() -> Outcome:
-    def run() -> None:
-        start(teacher=Net(1, classes=7)).forward(*pictures(4))
-
-    return rows.named(raised(run), [str(CLASSES), "7", "classes"])
-
-
-def two_wrappers() -> Outcome:
-    return provoke.two_wrappers(KIT)
-
-
 def compiled_before() -> Outcome:
     return provoke.compiled_before(KIT, lambda student: start(student, logits=False))
 
@@ -230,26 +195,8 @@ def runs_code() -> Outcome:
     return product.runs_code(".yaml", RECIPE + 'name: !!python/object/apply:os.mkdir ["FOLDER"]\n', read)
 
 
-def unwrap() -> Outcome:
-    return product.unwrap(KIT)
-
-
-def copies() -> Outcome:
-    return product.copies(KIT)
-
-
 def bf16() -> Outcome:
     return rows.both(product.bf16(KIT), product.bf16(DETECTOR))
-
-
-def normalisation() -> Outcome:
-    teacher = Net(1)
-    teacher.pretrained_cfg = {**teacher.pretrained_cfg, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    return product.normalisation(KIT, start(teacher=teacher), "stem.0", (MEAN, STD), ((0.5,) * 3, (0.5,) * 3))
-
-
-def weight() -> Outcome:
-    return product.weight(KIT)
 
 
 def no_objects() -> Outcome:

@@ -14,14 +14,15 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import IO
 
+from distillkit.bench.behaviour.common import COMMON
 from distillkit.bench.behaviour.rows import Outcome, short
 
 #: seconds that one probe may take
@@ -53,11 +54,17 @@ def probed(contender: str, keys: Sequence[str], seen: Callable[[str, Outcome], N
         seen(key, Outcome(False, f"its process ended: {short(why[0])}", broken=True))
 
 
+def probe(contender: str, key: str) -> Callable[[], Outcome]:
+    """A contender's own for a row, else the one that all are asked."""
+    module = import_module(f"distillkit.bench.behaviour.{contender}")
+    return getattr(module, key) if hasattr(module, key) else partial(COMMON[key], module.KIT)
+
+
 def run_probe(contender: str, key: str) -> Outcome:
     """One probe, here and now. What escapes from it is the probe's own fault: whatever a contender raises where it is
     asked to is caught and judged in the probe."""
     try:
-        return getattr(import_module(f"distillkit.bench.behaviour.{contender}"), key)()
+        return probe(contender, key)()
     except Exception as error:
         return Outcome(False, f"the probe failed: {type(error).__name__}: {short(str(error))}", broken=True)
 
@@ -78,7 +85,6 @@ def _main(contender: str, limit: int, keys: Sequence[str], report: IO[str]) -> N
     for key in keys:
         ours, theirs = context.Pipe(duplex=False)
         child = context.Process(target=_probe, args=(contender, key, theirs))  # type: ignore[attr-defined]
-        started = time.monotonic()
         child.start()
         theirs.close()
         try:
@@ -90,8 +96,6 @@ def _main(contender: str, limit: int, keys: Sequence[str], report: IO[str]) -> N
         child.join(5)
         if child.is_alive():
             child.kill()
-        if os.environ.get("DISTILLKIT_BENCH_TIMES"):
-            print(f"{contender} {key}: {time.monotonic() - started:.1f} s", file=sys.stderr)
         print(json.dumps([key, asdict(outcome)]), file=report, flush=True)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distillkit.bench.behaviour import rows
-from distillkit.bench.behaviour.kit import Kit, Net, Running, kit_deterministic, loss_of, raised
+from distillkit.bench.behaviour.kit import MEAN, STD, Kit, Net, Running, kit_deterministic, loss_of, raised
 from distillkit.bench.behaviour.rows import Outcome
 
 # ---- files
@@ -182,6 +182,12 @@ def normalisation(kit: Kit, running: Running, first: str, given: Any, wanted: An
     expected = (batch[0] * s0 + m0 - m1) / s1
     off = float((arrived[0] - expected).abs().max())
     return Outcome(off <= 1e-5, f"off by {off:.2g}" if off > 1e-5 else f"its own, to {off:.0e}")
+
+
+def normalisation_of_classifiers(kit: Kit) -> Outcome:
+    teacher, half = Net(1), (0.5,) * 3
+    teacher.pretrained_cfg = {**teacher.pretrained_cfg, "mean": half, "std": half}
+    return normalisation(kit, kit.start(teacher=teacher), "stem.0", (MEAN, STD), (half, half))
 
 
 def weight(kit: Kit) -> Outcome:

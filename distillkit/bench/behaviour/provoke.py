@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from distillkit.bench.behaviour import rows
-from distillkit.bench.behaviour.kit import Kit, Net, Running, kit_deterministic, listening, loss_of, pictures, raised
+from distillkit.bench.behaviour.kit import (
+    CLASSES,
+    Kit,
+    Net,
+    Running,
+    kit_deterministic,
+    listening,
+    loss_of,
+    pictures,
+    raised,
+)
 from distillkit.bench.behaviour.rows import Outcome
 from distillkit.bench.counting import kept_tensors
 from distillkit.bench.suite import worst
@@ -188,6 +198,13 @@ def trains_nothing(kit: Kit, running: Running, frozen: Callable[[str], bool]) ->
     messages = [*heard, *([] if error is None else [f"{type(error).__name__}: {error}"])]
     about = ("student", "gradient", "reaches", "frozen")
     return rows.said(messages, about, running.loss_names, "3 steps without a word, no gradient")
+
+
+def class_counts(kit: Kit) -> Outcome:
+    def run() -> None:
+        kit.start(teacher=Net(1, classes=7)).forward(*kit.batch(4))
+
+    return rows.named(raised(run), [str(CLASSES), "7", "class"])
 
 
 def two_wrappers(kit: Kit) -> Outcome:

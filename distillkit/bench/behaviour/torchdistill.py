@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from distillkit.bench.behaviour import kit, parallel, product, provoke, rows
-from distillkit.bench.behaviour.kit import CLASSES, MEAN, STD, Net, Running, pictures, raised
+from distillkit.bench.behaviour.kit import Net, Running, pictures, raised
 from distillkit.bench.behaviour.ours import two_losses_by_hand
 from distillkit.bench.behaviour.rows import Outcome, does_not_apply
 
@@ -165,26 +165,6 @@ def teacher_mode() -> Outcome:
     return provoke.teacher_mode(kit.classifiers(partial(start, by_hand=False), distributed))
 
 
-def teacher_switched() -> Outcome:
-    return provoke.teacher_switched(KIT)
-
-
-def teacher_hidden() -> Outcome:
-    return provoke.teacher_hidden(KIT)
-
-
-def teacher_gradient() -> Outcome:
-    return provoke.teacher_gradient(KIT)
-
-
-def after_exception() -> Outcome:
-    return provoke.after_exception(KIT)
-
-
-def teacher_nan() -> Outcome:
-    return provoke.teacher_nan(KIT)
-
-
 def two_losses() -> Outcome:
     student, teacher = Net(dropout=0.0), Net(1, dropout=0.0).eval()
     said = config(at="blocks.0", logits=False)
@@ -237,13 +217,6 @@ def trains_nothing() -> Outcome:
     return provoke.trains_nothing(KIT, start(logits=False), lambda name: not name.startswith("head"))
 
 
-def class_counts() -> Outcome:
-    def run() -> None:
-        start(teacher=Net(1, classes=7)).forward(*pictures(4))
-
-    return rows.named(raised(run), [str(CLASSES), "7", "class"])
-
-
 def two_wrappers() -> Outcome:
     """The second one has a process of its own before each epoch, as the documentation offers."""
     from torchdistill.core.interfaces.registry import register_pre_epoch_proc_func
@@ -271,10 +244,6 @@ def accelerate() -> Outcome:
     return parallel.accelerate(lambda accelerator: start(accelerator=accelerator), KIT)
 
 
-def repeated_images() -> Outcome:
-    return provoke.repeated_images(KIT)
-
-
 def two_ranks() -> Outcome:
     return parallel.two_ranks("torchdistill", {"KIT": (KIT, {"student": Net(dropout=0.0)})})
 
@@ -296,28 +265,6 @@ def runs_code() -> Outcome:
     from torchdistill.common.yaml_util import load_yaml_file
 
     return product.runs_code(".yaml", RECIPE, lambda file: load_yaml_file(str(file)))
-
-
-def unwrap() -> Outcome:
-    return product.unwrap(KIT)
-
-
-def copies() -> Outcome:
-    return product.copies(KIT)
-
-
-def bf16() -> Outcome:
-    return product.bf16(KIT)
-
-
-def normalisation() -> Outcome:
-    teacher = Net(1)
-    teacher.pretrained_cfg = {**teacher.pretrained_cfg, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    return product.normalisation(KIT, start(teacher=teacher), "stem.0", (MEAN, STD), ((0.5,) * 3, (0.5,) * 3))
-
-
-def weight() -> Outcome:
-    return product.weight(KIT)
 
 
 def no_objects() -> Outcome:

@@ -106,26 +106,6 @@ def distributed(projection: bool) -> Running:
 KIT = Kit(start, batch, repeat, "model.23", distributed)
 
 
-def teacher_mode() -> Outcome:
-    return provoke.teacher_mode(KIT)
-
-
-def teacher_switched() -> Outcome:
-    return provoke.teacher_switched(KIT)
-
-
-def teacher_hidden() -> Outcome:
-    return provoke.teacher_hidden(KIT)
-
-
-def teacher_gradient() -> Outcome:
-    return provoke.teacher_gradient(KIT)
-
-
-def after_exception() -> Outcome:
-    return provoke.after_exception(KIT)
-
-
 def teacher_nan() -> Outcome:
     """Its trainer looks at the loss once an epoch; the model alone is looked at here."""
     return provoke.teacher_nan(KIT)
@@ -156,10 +136,6 @@ def trains_nothing() -> Outcome:
 
 def class_counts() -> Outcome:
     return does_not_apply("its loss compares no classes: the teacher's scores are weights")
-
-
-def two_wrappers() -> Outcome:
-    return provoke.two_wrappers(KIT)
 
 
 def compiled_before() -> Outcome:
@@ -205,14 +181,6 @@ def runs_code() -> Outcome:
 
 def unwrap() -> Outcome:
     return product.unwrap(KIT, tolerance=2e-2)  # saved in half precision
-
-
-def copies() -> Outcome:
-    return product.copies(KIT)
-
-
-def bf16() -> Outcome:
-    return product.bf16(KIT)
 
 
 def normalisation() -> Outcome:

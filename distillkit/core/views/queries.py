@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ class QueryDetections(View):
         support: (K,) what each bin means, in sides of the reference box, outwards; with ``edges``.
         paired: (B, Q) bool, of a teacher's that was matched: which of the student's queries it has something to say to;
             None: all.
-        memo: what several distillers need of the same step (who belongs to whom), computed once.
     """
 
     logits: Tensor
@@ -37,7 +36,6 @@ class QueryDetections(View):
     reference: Tensor | None = None
     support: Tensor | None = None
     paired: Tensor | None = None
-    memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def scores(self) -> Tensor:
@@ -56,16 +54,14 @@ class QueryDetections(View):
         logits = columns_of(self.logits[..., : self.logits.shape[-1] - self.exclusive], columns, names)
         if self.exclusive:
             logits = torch.cat([logits, self.logits[..., -1:]], -1)
-        return replace(self, logits=logits, memo={})
+        return replace(self, logits=logits)
 
     def match(self, student: QueryDetections) -> QueryDetections:
         """The teacher's queries in the order of the student's that they belong to, see ``losses.queries.partners``."""
         mine, theirs = student.scores, self.scores
         if mine.shape[-1] != theirs.shape[-1]:
             raise other_classes(theirs.shape[-1], mine.shape[-1])
-        if id(student) not in self.memo:
-            self.memo[id(student)] = partners(mine, student.boxes, theirs, self.boxes)
-        index = self.memo[id(student)]
+        index = partners(mine, student.boxes, theirs, self.boxes)
         at = index.clamp(min=0)
         return replace(
             self,
