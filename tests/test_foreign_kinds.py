@@ -598,6 +598,26 @@ def test_weights_that_an_init_cfg_names_run_nothing(address, trap, tmp_path, mon
     assert not trap()
 
 
+@needs_mmdet
+def test_weights_that_an_init_cfg_names_must_fill_their_part(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    described = _plain_gfl()
+    described["backbone"]["init_cfg"] = {"type": "Pretrained", "checkpoint": str(tmp_path / "weights.pth")}
+    (tmp_path / "mine.json").write_text(json.dumps(described))
+    config = block(schema.MMDetModel, kind="mmdet", config="mine.json")
+    backbone = build.build_model(config, 3, schema.Evaluate()).backbone
+    whole = {name: value + 1 for name, value in backbone.state_dict().items()}
+    config = config.model_copy(update={"pretrained": True})
+    torch.save({"state_dict": {**whole, "fc.weight": torch.ones(2)}}, tmp_path / "weights.pth")
+    built = build.build_model(config, 3, schema.Evaluate()).backbone.state_dict()
+    assert all(torch.equal(built[name], value) for name, value in whole.items())
+    for name in (next(iter(whole)), "a shape"):
+        cut = {k: v[:1] if name == "a shape" and v.dim() > 1 else v for k, v in whole.items() if k != name}
+        torch.save({"state_dict": cut}, tmp_path / "weights.pth")
+        with pytest.raises(RunError, match=r"mine\.json: .*init_cfg.checkpoint"):
+            build.build_model(config, 3, schema.Evaluate())
+
+
 HUGGING = {
     "code in a map": {"auto_map": {"AutoModelForObjectDetection": "evil.Model"}},
     "code on the hub": {"auto_map": {"AutoConfig": "user/repo--evil.Config"}},

@@ -30,6 +30,7 @@ from torch import nn
 from distillkit import schema
 from distillkit.explain import nearest
 from distillkit.integrations import openmmlab
+from distillkit.models.weights import explain_mismatch
 from distillkit.training.build.offline import offline
 from distillkit.training.errors import RunError
 
@@ -76,7 +77,8 @@ def mmdet_model(config: OpenMMLabModel, classes: int, evaluate: schema.AnyEvalua
             raise RunError(f"{config.config}: mmdet cannot build this: {type(error).__name__}: {error}") from error
         if config.checkpoint is None:
             try:
-                openmmlab.initialised(model)
+                with _whole_weights(config.config):
+                    openmmlab.initialised(model)
             except UnpicklingError as error:
                 raise RunError(
                     f"{config.config}: the weights that an init_cfg names hold more than tensors, which may be code: "
@@ -317,6 +319,32 @@ def _tensors_alone() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+@contextmanager
+def _whole_weights(config: str) -> Iterator[None]:
+    """Inside, weights that an ``init_cfg`` names must hold all of their part: mmengine loads what fits, and leaves the
+    rest random. What they hold besides, as a classifier, is left out."""
+    from mmengine.runner import checkpoint
+
+    load = checkpoint.load_state_dict
+
+    def load_all(part: nn.Module, weights: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        wanted = {name: v for name, v in part.state_dict().items() if not name.endswith("num_batches_tracked")}
+        found = {name: v for name, v in weights.items() if name in wanted}
+        try:
+            explain_mismatch(f"the weights that an init_cfg names for {type(part).__name__}", wanted, found)
+        except ValueError as error:
+            raise RunError(
+                f"{config}: {error}. Where the part was changed, name weights that fit it in its init_cfg.checkpoint"
+            ) from error
+        return load(part, weights, *args, **kwargs)
+
+    checkpoint.load_state_dict = load_all
+    try:
+        yield
+    finally:
+        checkpoint.load_state_dict = load
 
 
 @contextmanager
