@@ -1,6 +1,5 @@
 """mmdet's detectors as it installs them: read, distilled, handed back; its LD and its GFL against ours."""
 
-import copy
 import importlib.util
 import logging
 import os
@@ -23,6 +22,7 @@ from distillkit.data.transforms import Resize
 from distillkit.evaluation.coco import coco_metrics
 from distillkit.integrations import openmmlab
 from distillkit.models.gfl import GFL, load_openmmlab
+from tests.openmmlab_batches import as_loaded, learns_and_is_handed_back
 
 if any(importlib.util.find_spec(name) is None for name in ("mmdet", "mmengine", "mmcv")):
     pytest.skip("needs mmdet, mmengine and mmcv-lite", allow_module_level=True)
@@ -30,8 +30,6 @@ if any(importlib.util.find_spec(name) is None for name in ("mmdet", "mmengine", 
 warnings.filterwarnings("ignore", module="mmdet|mmengine|torch.functional")
 openmmlab.prepare()
 
-from mmdet.structures import DetDataSample  # noqa: E402
-from mmengine.structures import InstanceData  # noqa: E402
 
 DATA = os.environ.get("DISTILLKIT_DATA", "")
 CONFIGS = {
@@ -115,23 +113,7 @@ def lower(target: dict, height: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def batch(model: nn.Module, shown: list | None = None):
-    """As mmdet's loader and the model's preprocessor give it: (inputs, data samples)."""
-    inputs, samples = [], []
-    for picture, boxes, labels in pictures() if shown is None else shown:
-        inputs.append((picture * 255).round().to(torch.uint8).flip(0))  # mmdet reads BGR
-        size = tuple(picture.shape[1:])
-        sample = DetDataSample(metainfo={"img_shape": size, "ori_shape": (300, 400), "scale_factor": (0.25, 0.3)})
-        sample.gt_instances = InstanceData(bboxes=boxes.clone(), labels=labels.clone())
-        sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
-        samples.append(sample)
-    data = model.data_preprocessor({"inputs": inputs, "data_samples": samples}, True)
-    return data["inputs"], data["data_samples"]
-
-
-def predicted(model: nn.Module, call) -> list[torch.Tensor]:
-    with torch.no_grad():
-        rows = model.eval()(call[0], copy.deepcopy(call[1]), mode="predict")
-    return [torch.cat([r.pred_instances.bboxes, r.pred_instances.scores[:, None]], 1) for r in rows]
+    return as_loaded(model, pictures() if shown is None else shown, lambda boxes: boxes)
 
 
 DISTILLERS = {
@@ -167,29 +149,8 @@ def test_a_step_with_a_proven_teacher(name):
 @pytest.mark.parametrize("name", ["gfl", "atss", "rtmdet"])
 def test_an_unmodified_pair_learns_and_is_handed_back(name, real):
     student, teacher = detector(name, sure=True), detector(name, sure=True, seed=1, channels=32)
-    keys, kind = list(student.state_dict()), type(student)
-    model = distillkit.wrap(student, teacher, DISTILLERS[name]()).train()
     shown = pictures(real)
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    totals = []
-    for _ in range(20):
-        losses = model(*batch(student, shown), mode="loss")
-        optimizer.zero_grad()
-        losses.total.backward()
-        optimizer.step()
-        totals.append(losses.total.item())
-    assert sum(totals[-3:]) < 0.8 * sum(totals[:3]), totals
-    call = batch(student, shown)
-    model.eval()
-    before = predicted(student, call)
-    through = model(call[0], copy.deepcopy(call[1]), mode="predict")
-    assert [len(r.pred_instances) for r in through] == [len(b) for b in before]
-    back = model.unwrap()
-    assert back is student
-    assert type(back) is kind
-    assert list(back.state_dict()) == keys
-    for a, b in zip(before, predicted(back, call), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    learns_and_is_handed_back(student, teacher, DISTILLERS[name](), lambda: batch(student, shown), 0.8)
 
 
 def counted(monkeypatch, *methods: tuple[object, str]) -> list[str]:

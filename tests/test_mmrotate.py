@@ -24,6 +24,7 @@ from distillkit.data.dota import DotaDetection
 from distillkit.data.scenes import Scenes
 from distillkit.data.transforms import Resize
 from distillkit.integrations import openmmlab
+from tests.openmmlab_batches import as_loaded, learns_and_is_handed_back, predicted
 
 if any(importlib.util.find_spec(name) is None for name in ("mmrotate", "mmdet", "mmengine", "mmcv")):
     pytest.skip("needs mmrotate, mmdet, mmengine and mmcv-lite", allow_module_level=True)
@@ -32,11 +33,9 @@ warnings.filterwarnings("ignore", module="mmrotate|mmdet|mmengine|torch.function
 openmmlab.prepare("mmrotate")
 
 from mmdet.models.task_modules import AnchorGenerator  # noqa: E402
-from mmdet.structures import DetDataSample  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import DefaultScope  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
-from mmengine.structures import InstanceData  # noqa: E402
 from mmrotate.structures import RotatedBoxes  # noqa: E402
 
 DATA = os.environ.get("DISTILLKIT_DATA", "")
@@ -107,25 +106,7 @@ def pictures(real: bool = False) -> list:
 
 
 def batch(model: nn.Module, shown: list | None = None) -> tuple:
-    """As mmrotate's loader and the model's preprocessor give it: (inputs, data samples)."""
-    inputs, samples = [], []
-    for picture, boxes, labels in pictures() if shown is None else shown:
-        inputs.append((picture * 255).round().to(torch.uint8).flip(0))  # BGR
-        size = tuple(picture.shape[1:])
-        sample = DetDataSample(metainfo={"img_shape": size, "ori_shape": (300, 400), "scale_factor": (0.25, 0.3)})
-        sample.gt_instances = InstanceData(bboxes=RotatedBoxes(boxes), labels=labels.clone())
-        nothing = torch.zeros(0, dtype=torch.long)
-        sample.ignored_instances = InstanceData(bboxes=RotatedBoxes(torch.zeros(0, 5)), labels=nothing)
-        samples.append(sample)
-    data = model.data_preprocessor({"inputs": inputs, "data_samples": samples}, True)
-    return data["inputs"], data["data_samples"]
-
-
-def predicted(model: nn.Module, call) -> list[torch.Tensor]:
-    with torch.no_grad():
-        rows = model.eval()(call[0], copy.deepcopy(call[1]), mode="predict")
-    found = [r.pred_instances for r in rows]
-    return [torch.cat([getattr(p.bboxes, "tensor", p.bboxes), p.scores[:, None]], 1) for p in found]
+    return as_loaded(model, pictures() if shown is None else shown, RotatedBoxes)
 
 
 ONE_STAGE = [name for name in CONFIGS if name not in ("rcnn", "retina-csl")]
@@ -163,30 +144,9 @@ KD = lambda: [LogitKD(Main()), LogitKD(Valuable()), FeatureImitation(weight=0.1)
 def test_an_unmodified_pair_learns_and_is_handed_back(name, distillers, real):
     sure = name != "rcnn"
     student, teacher = detector(name, sure), detector(name, sure, seed=1, channels=32)
-    keys, kind = list(student.state_dict()), type(student)
-    assert keys == list(detector(name).state_dict())
-    model = distillkit.wrap(student, teacher, distillers()).train()
+    assert list(student.state_dict()) == list(detector(name).state_dict())
     shown = pictures(real)
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    totals = []
-    for _ in range(20):
-        losses = model(*batch(student, shown), mode="loss")
-        optimizer.zero_grad()
-        losses.total.backward()
-        optimizer.step()
-        totals.append(losses.total.item())
-    assert sum(totals[-3:]) < 0.85 * sum(totals[:3]), totals
-    call = batch(student, shown)
-    model.eval()
-    before = predicted(student, call)
-    through = model(call[0], copy.deepcopy(call[1]), mode="predict")
-    assert [len(r.pred_instances) for r in through] == [len(b) for b in before]
-    back = model.unwrap()
-    assert back is student
-    assert type(back) is kind
-    assert list(back.state_dict()) == keys
-    for a, b in zip(before, predicted(back, call), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    learns_and_is_handed_back(student, teacher, distillers(), lambda: batch(student, shown), 0.85)
 
 
 # ---- distributions
