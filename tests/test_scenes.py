@@ -221,3 +221,13 @@ def test_digits_are_turned_as_far_as_asked():
     assert math.radians(50) < np.abs(turned).max() <= math.radians(60)
     with pytest.raises(ValueError, match="turn: expected degrees"):
         Scenes(1, turn=90)
+
+
+def test_sides_say_how_large_digits_are():
+    for sides in ((0.25, 0.3), (0.65, 0.7)):
+        scenes = Scenes(12, 64, digits=(1, 1), sides=sides, extras=True, turn=0)
+        heights = np.array([scenes[0, i][1]["rotated_boxes"][0, 2:4].max() for i in range(12)])
+        assert (heights <= sides[1] * 64 + 2).all()  # of a field of 8 cells, of which a digit may fill 7
+        assert (heights >= sides[0] * 64 * 5 / 8).all()
+    with pytest.raises(ValueError, match=r"least <= greatest <= 0\.7, got \(0\.6, 0\.9\)"):
+        Scenes(1, 64, sides=(0.6, 0.9))

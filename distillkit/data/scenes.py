@@ -34,7 +34,7 @@ SPLITS = {
 ENLARGED = 6  # pixels a side for each of the 8 x 8 of a digit
 GLYPH = 10 * ENLARGED  # with an empty margin of one of them, which rounds strokes that reach the border
 TURN = math.radians(30)  # digits are turned by up to this
-SIDES = (0.25, 0.55)  # height of a digit's 8 x 8 field as a share of the scene's shorter side
+SIDES = (0.25, 0.55)  # height of a digit's 8 x 8 field as a share of the scene's shorter side, unless told otherwise
 CONTRAST = (0.3, 0.6)  # distance of a digit's brightness (0..1) from what lies under it
 OVERLAP = 0.1  # of the smaller of two boxes; drawn pixels never touch
 TRIES = 8  # to place a digit before it is given up
@@ -84,6 +84,8 @@ class Scenes(Dataset[tuple[Tensor, dict[str, Any]]]):
         rotated: the target's boxes are rotated ones, (k, 5), as ``RotatedDetection`` has them.
         turn: digits are turned by up to this many degrees either way, below 90: a 6 and a 9 differ by half a turn, so
             at 60 they are still a sixth of a turn apart, at 90 they are one.
+        sides: least and greatest height of a digit's field, as a share of the scene's shorter side, up to 0.7: turned,
+            a greater one may not fit in.
 
     Raises ValueError for a split, size or number that cannot be.
     """
@@ -99,6 +101,7 @@ class Scenes(Dataset[tuple[Tensor, dict[str, Any]]]):
         extras: bool = False,
         rotated: bool = False,
         turn: float = 30,
+        sides: tuple[float, float] = SIDES,
     ):
         if split not in SPLITS:
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
@@ -112,7 +115,9 @@ class Scenes(Dataset[tuple[Tensor, dict[str, Any]]]):
         if not 0 <= turn < 90:
             raise ValueError(f"turn: expected degrees, at least 0 and below 90, got {turn}")
         self.n, self.seed, self.split, self.digits, self.extras = n, seed, split, digits, extras
-        self.rotated, self.turn = rotated, math.radians(turn)
+        if not 0 < sides[0] <= sides[1] <= 0.7:
+            raise ValueError(f"sides: expected shares 0 < least <= greatest <= 0.7, got {sides}")
+        self.rotated, self.turn, self.sides = rotated, math.radians(turn), sides
         self.transform: Transform = transform or Resize()
         self.classes = [str(d) for d in range(10)]
         self.category_ids = list(range(1, 11))
@@ -139,7 +144,7 @@ class Scenes(Dataset[tuple[Tensor, dict[str, Any]]]):
             raise IndexError(f"scene {index} of {self.n}")
         shown = epoch if self.split == "train" else 0
         rng = np.random.default_rng([self.seed, list(SPLITS).index(self.split), shown, index])
-        return compose(rng, self.size, self.split, self.digits, self.turn)
+        return compose(rng, self.size, self.split, self.digits, self.turn, self.sides)
 
     def to_coco_json(self) -> dict[str, Any]:
         """The ground truth (of epoch 0) as a COCO dict; areas are those of the masks."""
@@ -174,7 +179,12 @@ class Scenes(Dataset[tuple[Tensor, dict[str, Any]]]):
 
 
 def compose(
-    rng: np.random.Generator, size: tuple[int, int], split: str, digits: tuple[int, int], turn: float = TURN
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    split: str,
+    digits: tuple[int, int],
+    turn: float = TURN,
+    sides: tuple[float, float] = SIDES,
 ) -> Scene:
     """Draw one scene of (height, width) pixels with digits turned by up to ``turn`` radians; everything random comes
     from ``rng``."""
@@ -186,7 +196,7 @@ def compose(
     for _ in range(int(rng.integers(digits[0], digits[1] + 1))):
         which = int(rng.integers(pool.start, pool.stop))
         angle = rng.uniform(-turn, turn)
-        alpha = _turned(glyphs[which], min(size) * rng.uniform(*SIDES), angle)
+        alpha = _turned(glyphs[which], min(size) * rng.uniform(*sides), angle)
         digit = _place(rng, alpha, angle, int(labels[which]), taken, [p.box for p in placed])
         if digit is not None:
             window = slice(digit.top, digit.top + alpha.shape[0]), slice(digit.left, digit.left + alpha.shape[1])

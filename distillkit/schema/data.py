@@ -211,7 +211,7 @@ class TarData(_Labelled):
 
 
 class DigitData(_Classes):
-    """One real handwritten digit on a crop of a photograph, composed on the fly. Needs no files."""
+    """One large real handwritten digit on a crop of a photograph, composed on the fly. Needs no files."""
 
     kind: Literal["single-digit"]
     train: Count = 1024
